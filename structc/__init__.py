@@ -1,0 +1,1 @@
+"""structc: rewrite trained PyTorch models into fast structured forms."""

@@ -1,0 +1,206 @@
+"""What a machine executes: tile programs and packed dense products.
+
+Many families become few forms, so that a new family usually needs no new kernel. A form is frozen
+data with a text that a person can read and an operator can carry:
+
+>>> form = Tile((Block(1, 96, 384, 1), Block(1, 384, 96, 1), Bias(384), Act("gelu", 384)))
+>>> str(form)
+'block(1,96,384,1) block(1,384,96,1) bias(384) act(gelu,384)'
+>>> Tile.parse(str(form)) == form
+True
+>>> form.in_features, form.out_features, form.flops, form.params
+(384, 384, 147456, 73728)
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from structc.errors import InternalError
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+"""Elementwise functions that an epilogue may carry; ``gelu`` is the exact one (erf)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A Kronecker-sparse factor ``I_a (x) 1_{b x c} (x) I_d``: the general block pattern.
+
+    Math:    y[al, be, de] = sum_ga w[al, be, ga, de] * x[al, ga, de].
+    Shapes:  x (..., a*c*d);  w (a, b, c, d);  y (..., a*b*d).
+    Cost:    flops = 2*a*b*c*d a row; params = a*b*c*d.
+    Source:  Gonon et al. 2024, arXiv:2405.15013. A dense factor is ``a = d = 1``.
+    """
+
+    a: int
+    b: int
+    c: int
+    d: int
+    word: ClassVar[str] = "block"
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.a * self.c * self.d
+
+    @property
+    def out_features(self) -> int:
+        return self.a * self.b * self.d
+
+
+@dataclass(frozen=True)
+class Permute:
+    """The perfect shuffle that transposes ``(p, q)``: y[j, i] = x[i, j].  x (..., p*q)."""
+
+    p: int
+    q: int
+    word: ClassVar[str] = "permute"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.p * self.q
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Bias:
+    """y = x + w, with w (n,)."""
+
+    n: int
+    word: ClassVar[str] = "bias"
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Act:
+    """y = fn(x), elementwise over n features; fn is one of :data:`ACTIVATIONS`."""
+
+    fn: str
+    n: int
+    word: ClassVar[str] = "act"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+Step = Block | Permute | Bias | Act
+_STEPS: dict[str, type[Step]] = {s.word: s for s in (Block, Permute, Bias, Act)}
+_TEXT = re.compile(r"(\w+)\(([^()]*)\)")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A straight-line program on a tile of tokens: the form of everything token-local.
+
+    Each step maps the features of one token; weights are taken in the order of the steps.
+
+    Errors:  :class:`InternalError` if sizes do not chain: programs are built by families and
+             passes, never by users.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise InternalError("a tile program needs at least one step")
+        for s in self.steps:
+            if isinstance(s, Act) and s.fn not in ACTIVATIONS:
+                raise InternalError(f"tile program: activation {s.fn!r} is none of {ACTIVATIONS}")
+        for before, after in zip(self.steps, self.steps[1:], strict=False):
+            if before.out_features != after.in_features:
+                raise InternalError(
+                    f"tile program {self}: {_step_text(before)} gives {before.out_features} "
+                    f"features, {_step_text(after)} takes {after.in_features}"
+                )
+
+    @property
+    def in_features(self) -> int:
+        return self.steps[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.steps[-1].out_features
+
+    @property
+    def weights(self) -> int:
+        """How many weight tensors the program takes."""
+        return sum(s.weights for s in self.steps)
+
+    @property
+    def flops(self) -> int:
+        """Of the block factors, for one row."""
+        return 2 * self.params
+
+    @property
+    def params(self) -> int:
+        """Elements of the block factors."""
+        return sum(s.a * s.b * s.c * s.d for s in self.steps if isinstance(s, Block))
+
+    def then(self, *steps: Step) -> Tile:
+        """The program followed by further steps."""
+        return Tile(self.steps + steps)
+
+    def __str__(self) -> str:
+        return " ".join(map(_step_text, self.steps))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> Tile:
+        """The program that :meth:`__str__` wrote."""
+        steps: list[Step] = []
+        for word, inside in _TEXT.findall(text):
+            if word not in _STEPS:
+                raise InternalError(f"tile program {text!r}: no step is called {word!r}")
+            values = [v if v.isalpha() or "_" in v else int(v) for v in inside.split(",")]
+            steps.append(_STEPS[word](*values))
+        return Tile(tuple(steps))
+
+
+@dataclass(frozen=True)
+class PackedDense:
+    """A dense product with its epilogue: y = act(x @ W.T + b), W kept as it is stored.
+
+    Beside :class:`Tile` because the library kernels that serve it (oneDNN, MKL) want the weight in
+    a layout of their own, packed once.
+
+    >>> PackedDense(384, 1536, "gelu").flops
+    1179648
+    """
+
+    in_features: int
+    out_features: int
+    activation: str = ""
+
+    @property
+    def params(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.params
+
+    def __str__(self) -> str:
+        return f"dense({self.in_features},{self.out_features},{self.activation or 'none'})"
+
+
+Form = Tile | PackedDense
+
+
+def _step_text(step: Step) -> str:
+    values = ",".join(str(getattr(step, f.name)) for f in fields(step))
+    return f"{step.word}({values})"

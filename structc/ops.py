@@ -1,0 +1,284 @@
+"""The ``structc::`` operators: schema, fake kernel, autograd, ATen reference, and the kernel table.
+
+Two operators execute everything token-local:
+
+``structc::tile(Tensor[] inputs, Tensor[] weights, str program) -> Tensor[]``
+    a tile program (:class:`structc.forms.Tile`) over one input;
+``structc::dense(Tensor x, Tensor weight, Tensor? bias, str act, bool transposed) -> Tensor``
+    a dense product with its epilogue.
+
+The reference is plain ATen, always there, differentiable, and never refuses. Faster kernels are
+*attached* to a key with the largest number of rows that each one is meant for; a key without a
+kernel, another dtype or another device runs the reference. Both pass ``torch.library.opcheck``, so
+compiled models also go through ``torch.compile``, AOTInductor and training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from structc.forms import Act, Bias, Block, Permute, Tile
+
+Kernel = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""``(x (rows, in_features), weights) -> (rows, out_features)``; a dense kernel gets [weight, bias]."""
+
+_LIB = torch.library.Library("structc", "DEF")
+_LIB.define("tile(Tensor[] inputs, Tensor[] weights, str program) -> Tensor[]")
+_LIB.define(
+    "dense(Tensor x, Tensor weight, Tensor? bias, str act='', bool transposed=False) -> Tensor"
+)
+
+_KERNELS: dict[Hashable, tuple[tuple[int, str, Kernel], ...]] = {}
+_calls = 0
+
+
+# ---------------------------------------------------------------------------- the kernel table
+
+
+def tile_key(program: str, dtype: torch.dtype, backend: str = "cpu") -> Hashable:
+    """Where a tile program's kernels are attached."""
+    return ("tile", backend, program, dtype)
+
+
+def dense_key(
+    in_features: int,
+    out_features: int,
+    act: str,
+    dtype: torch.dtype,
+    transposed: bool = False,
+    backend: str = "cpu",
+) -> Hashable:
+    """Where a dense product's kernels are attached."""
+    return ("dense", backend, in_features, out_features, act, dtype, transposed)
+
+
+def attach(key: Hashable, max_rows: int, label: str, kernel: Kernel) -> None:
+    """Use a kernel for calls of up to ``max_rows`` rows; the largest entry serves all above too."""
+    entries = {rows: (rows, name, k) for rows, name, k in _KERNELS.get(key, ())}
+    entries[max_rows] = (max_rows, label, kernel)
+    _KERNELS[key] = tuple(entries[rows] for rows in sorted(entries))
+
+
+def attached() -> dict[Hashable, list[tuple[int, str]]]:
+    """The table as (largest rows, label) for each key."""
+    return {key: [(rows, label) for rows, label, _ in e] for key, e in _KERNELS.items()}
+
+
+def detach_all() -> None:
+    """Empty the table and forget packed weights; references run from here on."""
+    _KERNELS.clear()
+    _derived.clear()
+
+
+def call_count() -> int:
+    """How many times an operator has run in this process: lets a test see that it ran at all."""
+    return _calls
+
+
+def kernel_for(key: Hashable, rows: int) -> Kernel | None:
+    """The kernel attached for this many rows: the nearest bucket from above, else the largest."""
+    entries = _KERNELS.get(key)
+    if not entries:
+        return None
+    for max_rows, _, kernel in entries:
+        if rows <= max_rows:
+            return kernel
+    return entries[-1][2]
+
+
+# ---------------------------------------------------------------------------- packed weights
+
+_derived: Any = WeakTensorKeyDictionary()
+
+
+def derived(weight: Tensor, tag: str, make: Callable[[Tensor], Any]) -> Any:
+    """Data computed from a weight once (a packed layout), until the weight changes or dies.
+
+    Never in a state dict: an in-place change raises the tensor's version, and the data are made
+    again; a tensor without versions (made under ``inference_mode``) is never cached.
+    """
+    if weight.is_inference():
+        return make(weight)
+    stamp = (weight._version, weight.data_ptr())
+    entry = _derived.get(weight)
+    if entry is None or entry[0] != stamp:
+        entry = (stamp, {})
+        _derived[weight] = entry
+    if tag not in entry[1]:
+        with torch.no_grad():
+            entry[1][tag] = make(weight.detach())
+    return entry[1][tag]
+
+
+def derived_bytes() -> int:
+    """Bytes that packed copies of weights take now."""
+    return sum(t.nbytes for _, made in _derived.values() for t in made.values() if _strided(t))
+
+
+def _strided(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+# ---------------------------------------------------------------------------- references
+
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def tile_reference(x: Tensor, weights: Sequence[Tensor], program: str) -> Tensor:
+    """Interpret a tile program step by step in plain ATen.
+
+    >>> x, u, v = torch.randn(5, 6), torch.randn(1, 2, 6, 1), torch.randn(1, 4, 2, 1)
+    >>> y = tile_reference(x, [u, v], "block(1,2,6,1) block(1,4,2,1)")
+    >>> torch.allclose(y, x @ (v[0, ..., 0] @ u[0, ..., 0]).T, atol=1e-5)
+    True
+    """
+    left = iter(weights)
+    for step in Tile.parse(program).steps:
+        match step:
+            case Block(a, b, c, d):
+                x = _block(x, next(left).reshape(a, b, c, d))
+            case Permute(p, q):
+                x = x.unflatten(-1, (p, q)).transpose(-1, -2).flatten(-2)
+            case Bias():
+                x = x + next(left)
+            case Act(fn, _):
+                x = _ACTIVATION[fn](x)
+    return x
+
+
+def _block(x: Tensor, w: Tensor) -> Tensor:
+    a, _, c, d = w.shape
+    if a == d == 1:
+        return F.linear(x, w[0, :, :, 0])
+    y = torch.einsum("abcd,...acd->...abd", w, x.unflatten(-1, (a, c, d)))
+    return y.flatten(-3)
+
+
+def dense_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
+) -> Tensor:
+    """``act(x @ W.T + b)`` in plain ATen; a transposed weight is stored (in, out)."""
+    return _ACTIVATION[act](F.linear(x, weight.t() if transposed else weight, bias))
+
+
+# ---------------------------------------------------------------------------- implementations
+
+
+def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
+    global _calls
+    _calls += 1
+    (x,) = inputs
+    key = ("tile", x.device.type, program, x.dtype)
+    shape = x.shape
+    rows = x.numel() // shape[-1] if shape[-1] else 0
+    kernel = kernel_for(key, rows)
+    if kernel is None or rows == 0:
+        return [_fresh(tile_reference(x, weights, program), x)]
+    y = kernel(x.reshape(rows, shape[-1]).contiguous(), weights)
+    return [y.view(*shape[:-1], y.shape[-1])]
+
+
+def _dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
+) -> Tensor:
+    global _calls
+    _calls += 1
+    n, m = weight.shape if transposed else weight.shape[::-1]
+    rows = x.numel() // n if n else 0
+    kernel = kernel_for(("dense", x.device.type, n, m, act, x.dtype, transposed), rows)
+    if kernel is None or rows == 0:
+        return _fresh(dense_reference(x, weight, bias, act, transposed), x)
+    weights = (weight,) if bias is None else (weight, bias)
+    y = kernel(x.reshape(rows, n).contiguous(), weights)
+    return y.view(*x.shape[:-1], m)
+
+
+def _fresh(y: Tensor, x: Tensor) -> Tensor:
+    """An operator may not return its input or a view of it (a program of permutations alone)."""
+    y = y.contiguous()
+    return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+
+def _tile_fake(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
+    (x,) = inputs
+    form = Tile.parse(program)
+    torch._check(
+        x.shape[-1] == form.in_features,
+        lambda: f"structc::tile takes {form.in_features} features, got {tuple(x.shape)}",
+    )
+    torch._check(
+        len(weights) == form.weights,
+        lambda: f"structc::tile takes {form.weights} weights, got {len(weights)}",
+    )
+    return [x.new_empty(*x.shape[:-1], form.out_features)]
+
+
+def _dense_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
+) -> Tensor:
+    n, m = weight.shape if transposed else (weight.shape[1], weight.shape[0])
+    torch._check(
+        x.shape[-1] == n, lambda: f"structc::dense takes {n} features, got {tuple(x.shape)}"
+    )
+    return x.new_empty(*x.shape[:-1], m)
+
+
+_LIB.impl("tile", _tile, "CompositeExplicitAutograd")
+_LIB.impl("dense", _dense, "CompositeExplicitAutograd")
+torch.library.register_fake("structc::tile", _tile_fake, lib=_LIB)
+torch.library.register_fake("structc::dense", _dense_fake, lib=_LIB)
+
+
+# ---------------------------------------------------------------------------- autograd
+
+
+def _tile_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    (x,), weights, ctx.program = inputs
+    ctx.save_for_backward(x, *weights)
+
+
+def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    x, *weights = _leaves(ctx.saved_tensors)
+    with torch.enable_grad():
+        y = tile_reference(x, weights, ctx.program)
+    gx, *gw = torch.autograd.grad(y, [x, *weights], grads[0])
+    return [gx], gw, None
+
+
+def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, ctx.act, ctx.transposed = inputs
+    ctx.save_for_backward(x, weight, *([] if bias is None else [bias]))
+
+
+def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    leaves = _leaves(ctx.saved_tensors)
+    x, weight, *bias = leaves
+    with torch.enable_grad():
+        y = dense_reference(x, weight, bias[0] if bias else None, ctx.act, ctx.transposed)
+    gx, gw, *gb = torch.autograd.grad(y, leaves, grad)
+    return gx, gw, (gb[0] if gb else None), None, None
+
+
+def _leaves(saved: Sequence[Tensor]) -> list[Tensor]:
+    """Detached copies that record a graph of their own: the forward is computed again."""
+    return [t.detach().requires_grad_() for t in saved]
+
+
+torch.library.register_autograd(
+    "structc::tile", _tile_backward, setup_context=_tile_setup, lib=_LIB
+)
+torch.library.register_autograd(
+    "structc::dense", _dense_backward, setup_context=_dense_setup, lib=_LIB
+)
