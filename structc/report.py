@@ -1,0 +1,239 @@
+"""Stage 10: the rewrite report, as plain data, as text and as one self-contained HTML file.
+
+A report is its data: text and HTML are rendered from :meth:`Report.to_dict`, so a report that was
+read back from ``report.json`` looks the same. rich and jinja2 are imported when something is
+rendered, never before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from structc import report_data as collect
+from structc import report_schema as schema
+from structc.errors import ArtifactWrite, ConfigError
+from structc.report_words import headline
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from structc.hardware import Target
+    from structc.records import Candidate, Plan, Profile, Refusal, Sites, Verification
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to a model, site by site: what it gained, what it cost, and why not otherwise.
+
+    Attributes:
+        data: the report as plain JSON data; use :meth:`to_dict` for a copy to change.
+    """
+
+    data: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data with ``"schema_version"``; no NaN or infinity in it."""
+        return deepcopy(dict(self.data))
+
+    @classmethod
+    def from_dict(cls, data: object) -> Report:
+        """The report that gave this data.
+
+        Raises:
+            ArtifactVersion: a newer structc wrote it.
+            ArtifactCorrupt: something is missing or of another type.
+        """
+        return cls(schema.checked(data))
+
+    @property
+    def headline(self) -> str:
+        """The outcome in a sentence."""
+        return str(self.data["headline"])
+
+    def layer_status(self) -> list[dict[str, Any]]:
+        """One flat dict a linear site: ``pandas.DataFrame(report.layer_status())``."""
+        return [_flat(site) for site in self.data["sites"]]
+
+    def to_html(self) -> str:
+        """One HTML page that loads nothing from elsewhere."""
+        from structc.report_html import render
+
+        return render(self.to_dict())
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report; the suffix says how: ``.html``, ``.json`` or ``.txt``.
+
+        The file is complete or absent: it is written beside its place and then renamed.
+        """
+        path = Path(path)
+        writers = {".html": self.to_html, ".json": self.to_json, ".txt": self._text_file}
+        if path.suffix.lower() not in writers:
+            raise ConfigError(
+                f"report.save({str(path)!r}): expected a name that ends in .html, .json or .txt, "
+                f"got {path.suffix or 'no suffix'!r}",
+                hint="The suffix says which form to write; pass for example 'report.html'.",
+            )
+        _write_atomically(path, writers[path.suffix.lower()]())
+
+    def print_to(self, console: Console) -> None:
+        """Print on a rich console, in colour where it has some."""
+        console.print(self.__rich__())
+
+    def __rich__(self) -> RenderableType:
+        from structc.report_text import ReportText
+
+        return ReportText(self.to_dict())
+
+    def __str__(self) -> str:
+        from structc.report_text import to_text
+
+        return to_text(self.to_dict())
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.data['model']!r}: {self.headline}>"
+
+    def _text_file(self) -> str:
+        from structc.report_text import to_text
+
+        return to_text(self.to_dict(), width=100, encoding="utf-8") + "\n"
+
+    def _repr_html_(self) -> str:
+        from structc.report_html import frame
+
+        return frame(self.to_html())
+
+
+def build_report(
+    *,
+    model_name: str,
+    target: Target,
+    options: Mapping[str, object],
+    sites: Sites,
+    time_share: Mapping[str, float],
+    profile: Profile | None,
+    candidates: Mapping[str, Sequence[Candidate]],
+    refusals: Sequence[Refusal],
+    plan: Plan | None,
+    verification: Verification | None,
+    stages: Mapping[str, float],
+    peak_memory_mb: float,
+    packed_bytes: int = 0,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Collect what the stages found.
+
+    Args:
+        model_name: for the title.
+        target: the machine that the times were taken on.
+        options: of the call: ``budget``, ``effort``, ``seed`` ...
+        sites: from detection.
+        time_share: share of the dense model's time by site name, and of ``"attention"``,
+            ``"other"`` and the like.
+        profile: from calibration; None means that fits knew no data.
+        candidates: by site, all that were priced and fitted.
+        refusals: of every stage; those in ``sites`` need not be repeated.
+        plan: from selection; None for ``inspect``.
+        verification: of the compiled model; None if there was none.
+        stages: seconds by stage, in order.
+        peak_memory_mb: of the whole conversion.
+        packed_bytes: derived copies of weights that fast kernels hold.
+        notes: sentences for the reader.
+    """
+    every = list(dict.fromkeys([*sites.refusals, *refusals]))
+    rows = collect.sites_data(sites, candidates, every, plan, verification, time_share)
+    latency = collect.latency_data(verification)
+    verified = collect.verification_data(verification)
+    summary = collect.summary_data(rows, latency, verified)
+    asked = collect.plain(dict(options))
+    names = {site["name"] for site in rows}
+    data: dict[str, Any] = {
+        "schema_version": schema.VERSION,
+        "kind": "inspect" if plan is None else "compile",
+        "model": model_name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "headline": "",
+        "tier": "none" if plan is None else collect.tier(rows, sites),
+        "summary": summary,
+        "budgets": collect.budgets_data(asked, summary, verified),
+        "latency": latency,
+        "time_elsewhere": {
+            k: collect.finite(v) or 0.0 for k, v in time_share.items() if k not in names
+        },
+        "sites": rows,
+        "attention": [collect.attention_data(s) for s in sites.attention],
+        "refusals": [collect.refusal_data(r) for r in every],
+        "plan": collect.plan_data(plan),
+        "verification": verified,
+        "calibration": collect.profile_data(profile),
+        "stages": [{"name": k, "seconds": collect.finite(v)} for k, v in stages.items()],
+        "peak_memory_mb": collect.finite(peak_memory_mb),
+        "packed_bytes": int(packed_bytes),
+        "target": collect.plain(target),
+        "versions": {"structc": _version(), "python": platform.python_version()},
+        "options": asked,
+        "notes": list(notes),
+    }
+    data["headline"] = headline(data)
+    return Report(data)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("structc")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "checkout"
+
+
+def _flat(site: Mapping[str, Any]) -> dict[str, Any]:
+    keep = ("name", "in_features", "out_features", "rows", "dtype", "rewritten", "rolled_back")
+    cost = ("kernel", "dense_ms", "chosen_ms", "speedup", "params", "params_kept", "error")
+    more = ("sensitivity", "time_share")
+    choice = site["choice"] or {"family": None, "hyper": {}}
+    return {
+        **{k: site[k] for k in keep},
+        "family": choice["family"],
+        "hyper": ", ".join(f"{k}={v}" for k, v in choice["hyper"].items()),
+        **{k: site[k] for k in (*cost, *more)},
+        "candidates": len(site["candidates"]),
+        "refusals": len(site["refusals"]),
+    }
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as e:
+        raise _unwritable(path, e) from e
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(name).chmod(0o666 & ~mask)  # mkstemp keeps the file to its owner
+        Path(name).replace(path)
+    except BaseException as e:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise _unwritable(path, e) from e
+        raise
+
+
+def _unwritable(path: Path, reason: OSError) -> ArtifactWrite:
+    return ArtifactWrite(
+        f"report.save({str(path)!r}): cannot write there: {reason.strerror or reason}",
+        hint="Choose a folder that exists, is writable and has room.",
+    )
