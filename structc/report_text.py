@@ -114,12 +114,12 @@ def _head(data: Json) -> Iterator[Text | Table]:
             line["held"], ("unknown", "yellow")
         )
         text = Text(f"{line['demand']}: {line['outcome']}")
-        table.add_row(Text(mark, style), Text(line["label"]), text)
+        table.add_row(Text(line["label"], "dim"), Text(mark, style), text)
+    tier = {"exact": "exact", "approximate": "approximate"}.get(data["tier"], "not decided")
     summary = "; ".join(
-        f"{label} {value} {more}".rstrip() for label, value, more in view.tiles(data)
+        f"{label} {value}{f' ({more})' if more else ''}" for label, value, more in view.tiles(data)
     )
-    tier = {"exact": "exact", "approximate": "approx."}.get(data["tier"], "inspect")
-    table.add_row(Text(tier, "cyan"), Text("tier"), Text(summary))
+    table.add_row(Text("tier", "dim"), Text(tier, "cyan"), Text(summary))
     yield table
 
 
@@ -152,9 +152,9 @@ def _time(data: Json, groups: Sequence[view.Group], width: int) -> Iterator[Text
         return
     after = "could be" if data["kind"] == "inspect" else "after"
     yield _title("Where the time goes", "share of the dense model's time")
-    bars = max(8, min(30, width - 66))
+    bars = max(8, min(30, width - 66)) / max(*(p.before for p in parts), *(p.after for p in parts))
     rows: list[list[str | Text]] = [
-        [p.name, percent(p.before), percent(p.after), _paired(p.before, p.after, bars)]
+        [p.name, percent(p.before), percent(p.after), _paired(p.before * bars, p.after * bars)]
         for p in parts
     ]
     total = percent(sum(p.before for p in parts)), percent(sum(p.after for p in parts))
@@ -162,10 +162,10 @@ def _time(data: Json, groups: Sequence[view.Group], width: int) -> Iterator[Text
     yield _table(("part", "before", after, ""), rows, width, "before|after|could be")
 
 
-def _paired(before: float, after: float, width: int) -> Text:
+def _paired(before: float, after: float) -> Text:
     """What is left in full blocks, what was saved in light ones, on one common scale."""
-    full, light = round(min(after, 1) * width), round(min(max(before, after), 1) * width)
-    return Text.assemble(("█" * full, "cyan"), ("░" * (light - full), "green"))
+    full, saved = round(after), max(round(before) - round(after), 0)
+    return Text.assemble(("█" * full, "cyan"), ("░" * saved, "green"))
 
 
 def _sites(data: Json, groups: Sequence[view.Group], width: int) -> Iterator[Text | Table]:
@@ -201,8 +201,8 @@ def _weight(group: view.Group) -> float:
 def _choices(group: view.Group) -> str:
     found = group.choices
     if len(found) == 1:
-        return found[0][0]
-    return ", ".join(f"{n}x {text}" for text, n in found)
+        return found[0][1]
+    return ", ".join(f"{n}x {text}" for _, text, n in found)
 
 
 def _errors(group: view.Group) -> str:

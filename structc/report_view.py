@@ -59,14 +59,14 @@ class Group:
         return before / after if before and after and after > 0 else None
 
     @property
-    def choices(self) -> list[tuple[str, int]]:
-        """Each family, its sizes as ranges, with the number of sites; the most frequent first."""
+    def choices(self) -> list[tuple[str, str, int]]:
+        """Family, text with its sizes as ranges, number of sites; the most frequent first."""
         found: dict[str, list[Json]] = {}
         for site, candidate in zip(self.sites, self.shown, strict=True):
             running = candidate or (site["choice"] if site["rewritten"] else _DENSE)
             found.setdefault(running["family"], []).append(running["hyper"])
-        texts = [(form(family, merged(hypers)), len(hypers)) for family, hypers in found.items()]
-        return sorted(texts, key=lambda t: -t[1])
+        texts = [(name, form(name, merged(sizes)), len(sizes)) for name, sizes in found.items()]
+        return sorted(texts, key=lambda t: -t[2])
 
     @property
     def changed(self) -> int:
