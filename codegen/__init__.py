@@ -1,0 +1,1 @@
+"""From a form to a running kernel: build, check, time, attach."""

@@ -1,0 +1,94 @@
+"""Which kernels and configurations are worth timing for a form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from structc.codegen.cpu.emit import Program, analyse
+from structc.codegen.cpu.tile import DEFAULT
+from structc.forms import PackedDense, Tile
+
+Config = Mapping[str, int | str]
+FEW_ROWS = 512
+"""Below this, sharing one tile's outputs between threads can beat giving each its own tile."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A kernel and its configuration; the first contender of a list is the default."""
+
+    kernel: str
+    config: Config = field(default_factory=dict)
+
+
+def dense_contenders(
+    form: PackedDense, rows: int, dtype: torch.dtype, effort: str
+) -> list[Contender]:
+    """Dense kernels; eager comes first: it is replaced only by something measurably faster."""
+    found = [Contender("aten"), Contender("onednn")]
+    if dtype != torch.float32:
+        return found
+    tiles = {_default_tile(rows)} if effort == "quick" else {16, 32, 64, 128}
+    if rows > 128:
+        tiles.add(128)
+    for height in sorted(t for t in tiles if t <= max(16, 2 * rows)):
+        for width in (48, 64) if effort == "full" else (48,):
+            for split in _splits(rows, effort):
+                config = {**DEFAULT, "tile": height, "panel1": width, "panel2": width}
+                found.append(Contender("tile", {**config, "split": split}))
+    return found
+
+
+def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> list[Contender]:
+    """Configurations of the emitted kernel, the most likely one first."""
+    if dtype != torch.float32:
+        return []
+    found: dict[tuple[tuple[str, int | str], ...], Contender] = {}
+
+    def add(**config: int | str) -> None:
+        full = {**DEFAULT, **config}
+        found.setdefault(tuple(full.items()), Contender("tile", full))
+
+    layouts = _layouts(form)
+    height, split = _default_tile(rows), _splits(rows, "quick")[0]
+    for layout in layouts:
+        add(layout=layout, tile=height, split=split)
+    heights = (16, 32, 64, 128) if effort == "full" else (height // 2, height * 2)
+    for layout in layouts if effort == "full" else layouts[:1]:
+        for tall in (t for t in heights if 16 <= t <= 128):
+            for chosen in _splits(rows, effort):
+                widths = (32, 48, 64) if effort == "full" else (48,)
+                for width in widths if layout == "token" else (48,):
+                    add(layout=layout, tile=tall, panel1=width, panel2=width, split=chosen)
+    if effort == "quick" and layouts[:1] == ["token"]:
+        add(layout="token", tile=height, panel1=64, panel2=64, split=split)
+        for other in _splits(rows, effort)[1:]:
+            add(layout="token", tile=height, split=other)
+    return list(found.values())
+
+
+def _layouts(form: Tile) -> list[str]:
+    """Layouts that serve the form, the likelier one first: thin parts leave vectors empty."""
+    served = [name for name in ("token", "feature") if isinstance(analyse(form, name), Program)]
+    program = analyse(form, "feature")
+    if isinstance(program, Program) and program.second is not None:
+        thin = program.first.b // (program.second.a if program.permuted else 1)
+        if min(thin, program.second.b) < 16:
+            served.reverse()
+    return served
+
+
+def _default_tile(rows: int) -> int:
+    return 64 if rows >= 64 else 32 if rows > 16 else 16
+
+
+def _splits(rows: int, effort: str) -> tuple[int, ...]:
+    """Whether threads share the outputs of a tile; both where it can go either way."""
+    if rows >= FEW_ROWS:
+        return (0,)
+    if rows <= 16:
+        return (1, 0) if effort == "full" else (1,)
+    return (1, 0)

@@ -1,0 +1,1 @@
+"""CPU kernels: emitted C++, built with the local compiler at first use."""
