@@ -97,7 +97,8 @@ def weighted_error(weight: Tensor, approx: Tensor, gram: Tensor | None) -> float
         weight, approx: ``(out_features, in_features)``.
         gram: ``(in_features, in_features)``; None counts as the identity.
     """
-    w, gap = weight.double(), weight.double() - approx.double()
+    w = weight.detach().double()
+    gap = w - approx.detach().double()
     if gram is None:
         top, bottom = (gap * gap).sum(), (w * w).sum()
     else:

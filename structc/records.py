@@ -84,12 +84,14 @@ class Region:
         graph: the FX graph module; its ``get_attr`` names are relative to the submodule.
         guards: when it may run.
         hash: of the graph as exported, to recognise it again after a reload.
+        example: the submodule's call that it was exported from.
     """
 
     path: str
     graph: torch.fx.GraphModule
     guards: Guards
     hash: str
+    example: Call
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,392 @@
+"""Stage 1, capture: a model and example inputs become a module tree and exported graphs.
+
+The module tree owns everything and always runs. Regions are FX graphs from ``torch.export`` over
+the same parameters: of the whole model or, where that fails, of the largest submodules that export.
+What cannot be exported stays a plain module, with the reason as a :class:`Refusal`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from structc.errors import CaptureError, UnsupportedModel
+from structc.inputs import canonical, clone_call, describe, run, signature_of
+from structc.numerics import float_leaves, output_error, tolerance
+from structc.passes.clone import clone_tree
+from structc.records import Call, Captured, DimGuard, Guards, Refusal, Region
+
+log = logging.getLogger("structc.capture")
+
+UNBOUNDED = 2**31 - 1
+
+
+def capture(model: nn.Module, example: Call, *, graphs: bool = True) -> Captured:
+    """Clone a model and export what can be exported.
+
+    Args:
+        model: in any mode; its flags, buffers and hooks are as before afterwards.
+        example: a call of it.
+        graphs: whether to export at all.
+
+    Errors: :class:`CaptureError` if the model cannot run the example; :class:`UnsupportedModel`
+        for kinds of models that have no readable weights.
+    """
+    check_supported(model)
+    tree = clone_tree(model).eval()
+    example = canonical(model, example)
+    calls, rows = record_calls(tree, example)
+    if not graphs:
+        return Captured(tree, example, (), None, rows, ())
+    region, reason = export_region(tree, "", example)
+    if region is not None:
+        return Captured(tree, example, (region,), None, rows, ())
+    refusals = [Refusal("", "capture", "EXPORT", f"the whole model does not export: {reason}")]
+    regions = list(_partial_regions(tree, calls, refusals))
+    return Captured(
+        tree, example, tuple(regions), _analysis(tree, example), rows, tuple(refusals)
+    )
+
+
+def check_supported(model: object) -> None:
+    """Refuse what has no weights to read, before any work."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(
+            f"model: expected an nn.Module, got {type(model).__name__}",
+            hint="Wrap a function in an nn.Module that owns its weights as parameters.",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModel(
+            "model: a ScriptModule has no Python code to rewrite",
+            hint="Pass the nn.Module that it was scripted from.",
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise UnsupportedModel(
+                f"model: {name} is a lazy parameter without a shape",
+                hint="Run the model once on real inputs first.",
+            )
+        if tensor.is_meta:
+            raise UnsupportedModel(
+                f"model: {name} is on the meta device and has no values",
+                hint="Load the weights first; structc.load takes meta models, compile does not.",
+            )
+        if type(tensor).__name__ == "DTensor":
+            raise UnsupportedModel(
+                f"model: {name} is a DTensor", hint="Gather the model onto one device first."
+            )
+
+
+def record_calls(tree: nn.Module, example: Call) -> tuple[dict[str, Call], dict[str, int]]:
+    """Run the example once; what each submodule is called with, and the rows leaves see.
+
+    Returns:
+        The first call of every named submodule, and for each leaf the largest number of rows
+        (product of the leading dimensions of its first argument).
+    """
+    calls: dict[str, Call] = {}
+    rows: dict[str, int] = {}
+    handles = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, Call(args, dict(kwargs)))
+            if args and isinstance(args[0], Tensor) and args[0].dim() and not any(
+                True for _ in module.children()
+            ):
+                count = math.prod(args[0].shape[:-1])
+                rows[name] = max(rows.get(name, 0), count)
+
+        return record
+
+    for name, module in tree.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+    try:
+        with torch.no_grad(), preserved_buffers(tree):
+            run(tree, clone_call(example))
+    except Exception as e:
+        raise CaptureError(
+            f"the model does not run on its example inputs {describe(example)}: "
+            f"{type(e).__name__}: {e}",
+            hint="Check shapes, dtypes and argument names; structc calls model(*args, **kwargs).",
+        ) from e
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, rows
+
+
+@contextlib.contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Put buffers back as they were: caches, counters and running statistics move in forward."""
+    before = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if buffer.shape != value.shape or not torch.equal(buffer, value):
+                    buffer.resize_(value.shape).copy_(value)
+
+
+# ---------------------------------------------------------------------------- one export
+
+
+def export_region(
+    module: nn.Module, path: str, example: Call
+) -> tuple[Region | None, str]:
+    """Export one module with every dimension dynamic, and check the graph at further sizes.
+
+    Returns:
+        The region, or None and the reason in one line.
+    """
+    if reason := _unexportable(example):
+        return None, reason
+    example = canonical(module, example)
+    traced = _at_least_two(example)
+    shapes = ShapesCollection()
+    for leaf in pytree.tree_leaves((traced.args, traced.kwargs)):
+        if isinstance(leaf, Tensor):
+            shapes[leaf] = dict.fromkeys(range(leaf.dim()), Dim.AUTO)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused layer op hides the linears
+    try:
+        with quiet(), preserved_buffers(module), torch.no_grad():
+            program = torch.export.export(
+                module, traced.args, traced.kwargs, dynamic_shapes=shapes, strict=False
+            )
+            graph = program.module(check_guards=False)
+    except Exception as e:  # torch.export raises a dozen types; the reason goes into the report
+        return None, f"{type(e).__name__}: {_first_line(e)}"
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    assert isinstance(graph, torch.fx.GraphModule)
+    out_spec = graph._out_spec
+    _plain_graph(graph)
+    guards = _guards(program, graph, traced)
+    graph.meta["out_spec"] = out_spec
+    region = Region(path, graph, guards, graph_hash(graph.graph), example)
+    return _checked(module, region, traced)
+
+
+def _unexportable(example: Call) -> str:
+    for leaf in pytree.tree_leaves((example.args, example.kwargs)):
+        if leaf is not None and not isinstance(leaf, (Tensor, bool, int, float, str)):
+            return f"an input is a {type(leaf).__name__}, which a graph cannot take"
+    return ""
+
+
+def is_single(example: Call) -> bool:
+    """Whether the example is one batch of 1, which export sees repeated to 2."""
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
+    return bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+
+
+def _at_least_two(example: Call) -> Call:
+    """The example with a batch of 1 repeated to 2: a dimension of 1 would become a constant."""
+    leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
+    if is_single(example):
+        leaves = [
+            t.repeat(2, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) and t.dim() else t
+            for t in leaves
+        ]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return Call(args, kwargs)
+
+
+def _plain_graph(graph: torch.fx.GraphModule) -> None:
+    """Flat tensors in, flat tuple out; no assertions (guards check), no dead nodes."""
+    graph.graph.set_codegen(torch.fx.graph.CodeGen())
+    for node in reversed(list(graph.graph.nodes)):
+        name = str(node.target)
+        if node.op == "call_function" and name.startswith(("aten._assert", "aten.sym_constrain")):
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _guards(program: Any, graph: torch.fx.GraphModule, traced: Call) -> Guards:
+    leaves, spec = pytree.tree_flatten((traced.args, traced.kwargs))
+    nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    ranges: dict[str, tuple[int, int]] = {}
+    tied: dict[tuple[int, int], str] = {}
+    guards: list[Any] = []
+    for leaf, node in zip(leaves, nodes, strict=True):
+        if not isinstance(leaf, Tensor):
+            guards.append(leaf)
+            continue
+        dims: list[int | str] = []
+        for at, size in enumerate(node.meta["val"].shape):
+            expr = getattr(getattr(size, "node", None), "expr", None)
+            if expr is None or not expr.is_Symbol:
+                # a derived size (2*s, s+1) is only known to be right where it was seen
+                dims.append(int(leaf.shape[at]))
+                continue
+            # equal sizes at the same position move together: export does not always say so,
+            # and a graph must not run where the model would broadcast or fail
+            name = tied.setdefault((at, leaf.shape[at]), str(expr))
+            bounds = program.range_constraints.get(expr)
+            low, high = (2, UNBOUNDED) if bounds is None else (_int(bounds.lower), _int(bounds.upper))
+            seen = ranges.get(name, (0, UNBOUNDED))
+            ranges[name] = max(seen[0], low), min(seen[1], high)
+            dims.append(name)
+        guards.append(DimGuard(node.name, tuple(dims), leaf.dtype, leaf.device.type))
+    return Guards(spec, tuple(guards), ranges)
+
+
+def _int(bound: Any) -> int:
+    """A bound as a number; export writes infinity as a symbol of its own."""
+    return min(int(bound), UNBOUNDED) if getattr(bound, "is_Integer", False) else UNBOUNDED
+
+
+def graph_hash(graph: torch.fx.Graph) -> str:
+    """A hash of what a graph computes, without names that differ from process to process."""
+    lines = [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- checks
+
+
+def _checked(module: nn.Module, region: Region, traced: Call) -> tuple[Region | None, str]:
+    """Run graph and module at the traced sizes, at smaller ones, and with each symbol at 1."""
+    from structc.passes.region import call_graph  # here, since region reads capture's graphs
+
+    symbols = dict(region.guards.ranges)
+    leaves, spec = pytree.tree_flatten((traced.args, traced.kwargs))
+    sizes = {
+        name: leaf.shape[at]
+        for leaf, guard in zip(leaves, region.guards.leaves, strict=True)
+        if isinstance(guard, DimGuard)
+        for at, name in enumerate(guard.dims)
+        if isinstance(name, str)
+    }
+
+    def agrees(wanted: dict[str, int]) -> bool | None:
+        """Whether both give the same; None if the module itself cannot run there."""
+        resized = _resized(leaves, region.guards, wanted)
+        args, kwargs = pytree.tree_unflatten(resized, spec)
+        with torch.no_grad(), preserved_buffers(module):
+            try:
+                want = run(module, clone_call(Call(args, kwargs)))
+            except Exception:
+                return None
+            try:
+                got = call_graph(region.graph, module, resized)
+            except Exception as e:
+                log.info("region %r fails at %s: %s", region.path, wanted, e)
+                return False
+        return output_error(got, want) <= _allowed(want)
+
+    if not agrees(sizes):
+        return None, "the exported graph does not reproduce the module's output"
+    smaller = {n: max(2, s // 2) for n, s in sizes.items()}
+    further = {n: max(2, s - 1) for n, s in sizes.items()}
+    if any(agrees(w) is False for w in (smaller, further) if w != sizes):
+        fixed = {name: (size, size) for name, size in sizes.items()}
+        return _with_ranges(region, fixed), ""
+    for name in symbols:
+        low, high = symbols[name]
+        one = agrees({**sizes, name: 1}) if low <= 2 else False
+        symbols[name] = (1 if one else max(low, 2), high)
+    return _with_ranges(region, symbols), ""
+
+
+def _allowed(output: Any) -> float:
+    return max((tolerance(t.dtype) for t in float_leaves(output)), default=0.0)
+
+
+def _with_ranges(region: Region, ranges: dict[str, tuple[int, int]]) -> Region:
+    return replace(region, guards=replace(region.guards, ranges=ranges))
+
+
+def _resized(leaves: list[Any], guards: Guards, sizes: dict[str, int]) -> list[Any]:
+    """Inputs of other sizes, made by repeating or cutting the given ones."""
+    out = []
+    for leaf, guard in zip(leaves, guards.leaves, strict=True):
+        if isinstance(guard, DimGuard):
+            for at, name in enumerate(guard.dims):
+                if isinstance(name, str) and sizes[name] != leaf.shape[at]:
+                    index = torch.arange(sizes[name], device=leaf.device) % leaf.shape[at]
+                    leaf = leaf.index_select(at, index)
+        out.append(leaf)
+    return out
+
+
+# ---------------------------------------------------------------------------- parts of a model
+
+
+def _partial_regions(
+    tree: nn.Module, calls: dict[str, Call], refusals: list[Refusal]
+) -> Iterator[Region]:
+    """The largest submodules that export, by a walk from the root.
+
+    A class whose export failed is not tried a second time: thirty decoder layers fail alike.
+    """
+    failed: dict[type, str] = {}
+
+    def visit(module: nn.Module, path: str) -> Iterator[Region]:
+        for name, child in module.named_children():
+            where = f"{path}.{name}" if path else name
+            if not _worth_a_graph(child):
+                continue
+            if where in calls and type(child) not in failed:
+                region, reason = export_region(child, where, calls[where])
+                if region is not None:
+                    yield region
+                    continue
+                failed[type(child)] = reason
+                text = f"{type(child).__name__} does not export: {reason}"
+                refusals.append(Refusal(where, "capture", "EXPORT", text))
+            yield from visit(child, where)
+
+    yield from visit(tree, "")
+
+
+def _worth_a_graph(module: nn.Module) -> bool:
+    """More than one leaf, and a matrix among the parameters."""
+    return any(True for _ in module.children()) and any(p.dim() == 2 for p in module.parameters())
+
+
+def _analysis(tree: nn.Module, example: Call) -> Region | None:
+    """The whole model's graph without a cache: read for groups and attention, never run."""
+    config = getattr(tree, "config", None)
+    if "use_cache" not in signature_of(tree).parameters and not hasattr(config, "use_cache"):
+        return None
+    call = Call(example.args, {**example.kwargs, "use_cache": False})
+    return export_region(tree, "", call)[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export warns about its own internals; nothing of it is for users."""
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch._export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # and a failed export prints its partial graph
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else "no message")[:200]

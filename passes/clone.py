@@ -1,0 +1,86 @@
+"""Shallow clones: a module tree of its own over somebody else's parameters."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+_TABLES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def clone_tree(model: nn.Module) -> nn.Module:
+    """A copy of a module tree that shares every parameter and copies every buffer.
+
+    Modules that appear twice appear twice in the clone too. Attributes that hold modules of the
+    tree, alone, in lists, tuples or dicts, or as bound methods, point into the clone. All other
+    attributes are shared.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> twin = clone_tree(model)
+    >>> twin[0] is model[0], twin[0].weight is model[0].weight
+    (False, True)
+    """
+    twins: dict[int, nn.Module] = {}
+    buffers: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        twin = module.__class__.__new__(module.__class__)
+        twin.__dict__.update(module.__dict__)
+        for table in _TABLES:
+            if table in module.__dict__:
+                twin.__dict__[table] = module.__dict__[table].copy()
+        twins[id(module)] = twin
+    for module in model.modules():
+        twin = twins[id(module)]
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else twins[id(child)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                copy = buffers.setdefault(id(buffer), buffer.detach().clone())
+                twin._buffers[name] = copy
+        for name, value in module.__dict__.items():
+            if name not in _TABLES:
+                twin.__dict__[name] = _point_into(value, twins)
+    return twins[id(model)]
+
+
+def _point_into(value: Any, twins: dict[int, nn.Module]) -> Any:
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in twins:
+        return types.MethodType(value.__func__, twins[id(value.__self__)])
+    if type(value) in (list, tuple):
+        moved = [_point_into(v, twins) for v in value]
+        changed = any(a is not b for a, b in zip(moved, value, strict=True))
+        return type(value)(moved) if changed else value
+    if type(value) is dict:
+        pairs = {k: _point_into(v, twins) for k, v in value.items()}
+        return pairs if any(pairs[k] is not value[k] for k in value) else value
+    return value
+
+
+def replace_module(tree: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of all occurrences of the module called ``name``."""
+    old = tree.get_submodule(name)
+    for parent in list(tree.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new

@@ -1,0 +1,345 @@
+"""Stage 2, detect: every dense linear map with constant weights, in any spelling, as a site."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+
+from structc.passes.capture import is_single
+from structc.passes.detect_attention import attention_sites
+from structc.records import Captured, LinearSite, NodeRef, Refusal, Region, Sites
+
+aten = torch.ops.aten
+_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default, aten.numpy_T.default)
+_SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
+_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.relu_.default: "relu"}
+
+
+@dataclass
+class Use:
+    """One product with a constant weight in a graph."""
+
+    ref: NodeRef
+    weight: str
+    bias: str | None
+    transposed: bool
+    source: str
+    activation: str
+    rows: int
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    """(in_features, out_features)."""
+
+
+@dataclass
+class Found:
+    """What is gathered about one weight before it becomes a site."""
+
+    uses: list[Use] = field(default_factory=list)
+    module: str = ""
+
+
+def detect(captured: Captured) -> Sites:
+    """Find the sites of a captured model.
+
+    rewrite:      none; this stage only reads.
+    Sound because: a product counts only if its weight operand is a parameter itself, or a
+        transposed view of one; anything computed from parameters is left alone.
+    Skips when:   the leaf has hooks, parametrizations or a ``forward`` of its own; the weight is
+        not floating point; no example call reaches it. Each skip is a :class:`Refusal`.
+    """
+    graphs = list(captured.regions)
+    if captured.analysis is not None:
+        graphs.append(captured.analysis)
+    found: dict[str, Found] = defaultdict(Found)
+    for region in graphs:
+        for use in linear_uses(region):
+            found[use.weight].uses.append(use)
+    modules = dict(captured.tree.named_modules())
+    refusals: list[Refusal] = []
+    for name, module in modules.items():
+        if is_linear_leaf(module):
+            reason = _leaf_refusal(name, module, captured, found)
+            if reason is None:
+                found[f"{name}.weight"].module = name
+            elif reason.code != "NOT_CALLED" or f"{name}.weight" not in found:
+                refusals.append(reason)
+                found.pop(f"{name}.weight", None)
+    groups = _groups(found)
+    runnable = {region.path for region in captured.regions}
+    sites = [
+        site
+        for weight, item in found.items()
+        if (site := _site(captured, weight, item, groups, runnable, refusals)) is not None
+    ]
+    order = {name: at for at, (name, _) in enumerate(captured.tree.named_parameters())}
+    sites.sort(key=lambda s: order.get(s.weight, len(order)))
+    attention = tuple(a for region in graphs for a in attention_sites(region, captured))
+    unique = {a.name: a for a in attention}
+    return Sites(tuple(sites), tuple(unique.values()), tuple(refusals))
+
+
+# ---------------------------------------------------------------------------- leaves
+
+
+def is_linear_leaf(module: nn.Module) -> bool:
+    """nn.Linear, a subclass of it, or transformers' Conv1D (a linear layer stored transposed)."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+
+
+def _leaf_refusal(
+    name: str, module: nn.Module, captured: Captured, found: dict[str, Found]
+) -> Refusal | None:
+    def refuse(code: str, reason: str) -> Refusal:
+        return Refusal(name, "detect", code, reason)
+
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return refuse("PARAMETRIZED", "its weight is computed by a parametrization; fold it first")
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return refuse("QUANTIZED", "its weight is not a plain matrix parameter")
+    if type(weight) not in (nn.Parameter, Tensor):
+        return refuse("QUANTIZED", f"its weight is a {type(weight).__name__}, not a plain tensor")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return refuse("DTYPE", f"its weight is {weight.dtype}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        return refuse("HOOKS", "it has forward hooks, which a rewritten layer would not honour")
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return refuse("SUBCLASS", f"{type(module).__name__} has a forward of its own")
+    if name not in captured.leaf_rows:
+        return refuse("NOT_CALLED", "the example call does not reach it")
+    return None
+
+
+# ---------------------------------------------------------------------------- graphs
+
+
+def linear_uses(region: Region) -> Iterator[Use]:
+    """All products with a constant 2-D weight in one region's graph."""
+    for node in region.graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        operands = _operands(node)
+        if operands is None:
+            continue
+        x, weight_node, bias_node, stored_in_out = operands
+        constant = _constant(weight_node)
+        if constant is None:
+            continue
+        name, flipped = constant
+        transposed = stored_in_out != flipped
+        weight = _value(weight_node)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            continue
+        n, m = weight.shape if stored_in_out else reversed(weight.shape)
+        bias = None
+        if bias_node is not None:
+            bias_constant = _constant(bias_node)
+            if bias_constant is None:
+                continue
+            bias = _full(region, bias_constant[0])
+        yield Use(
+            ref=NodeRef(region.path, node.name),
+            weight=_full(region, name),
+            bias=bias,
+            transposed=transposed,
+            source=f"{region.path}:{_source(x).name}",
+            activation=_following_activation(node),
+            rows=_rows(x) // (2 if is_single(region.example) else 1),
+            dtype=weight.dtype,
+            shape=(int(n), int(m)),
+        )
+
+
+def _operands(
+    node: torch.fx.Node,
+) -> tuple[torch.fx.Node, torch.fx.Node, torch.fx.Node | None, bool] | None:
+    """(x, weight, bias, whether the weight operand is (in, out)) of a linear node."""
+    args, target = node.args, node.target
+    if target is aten.linear.default:
+        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
+        x, w = args[0], args[1]
+        stored_in_out = False
+    elif target is aten.addmm.default:
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+            return None
+        bias, x, w = args[0], args[1], args[2]
+        stored_in_out = True
+    elif target in (aten.mm.default, aten.matmul.default):
+        x, w, bias = args[0], args[1], None
+        stored_in_out = True
+    else:
+        return None
+    if not isinstance(x, torch.fx.Node) or not isinstance(w, torch.fx.Node):
+        return None
+    value = _value(x)
+    if value is None or value.dim() < 1 or _constant(x) is not None:
+        return None
+    if bias is not None and (not isinstance(bias, torch.fx.Node) or _ndim(bias) != 1):
+        return None
+    return x, w, bias, stored_in_out
+
+
+def _constant(node: torch.fx.Node) -> tuple[str, bool] | None:
+    """(parameter name, whether it is seen transposed) if the node is a parameter or its view."""
+    flipped = False
+    while node.op == "call_function" and node.args and isinstance(node.args[0], torch.fx.Node):
+        if node.target not in _TRANSPOSES:
+            return None
+        dims = tuple(node.args[1:])
+        if node.target is aten.transpose.int and {int(d) % 2 for d in dims} != {0, 1}:  # type: ignore[arg-type]
+            return None
+        if node.target is aten.permute.default and list(dims[0]) != [1, 0]:  # type: ignore[arg-type]
+            return None
+        flipped = not flipped
+        node = node.args[0]
+    return (str(node.target), flipped) if node.op == "get_attr" else None
+
+
+def _value(node: torch.fx.Node) -> Tensor | None:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return value
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(node.graph.owning_module)
+        return value if isinstance(value, Tensor) else None
+    return None
+
+
+def _ndim(node: torch.fx.Node) -> int:
+    value = _value(node)
+    return -1 if value is None else value.dim()
+
+
+def _rows(x: torch.fx.Node) -> int:
+    value = _value(x)
+    assert value is not None
+    sizes = [getattr(getattr(s, "node", None), "hint", s) for s in value.shape[:-1]]
+    return math.prod(int(s) for s in sizes)
+
+
+def _source(x: torch.fx.Node) -> torch.fx.Node:
+    """The node that made the values: reshapes that keep rows apart do not make a new input."""
+    while x.op == "call_function" and x.target in _SAME_ROWS:
+        before = x.args[0]
+        assert isinstance(before, torch.fx.Node)
+        a, b = _value(before), _value(x)
+        if a is None or b is None or a.dim() == 0 or str(a.shape[-1]) != str(b.shape[-1]):
+            break
+        x = before
+    return x
+
+
+def _following_activation(node: torch.fx.Node) -> str:
+    if len(node.users) != 1:
+        return ""
+    (user,) = node.users
+    if user.target is aten.gelu.default:
+        return "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
+    if user.target in (aten.view.default, aten.reshape.default) and len(user.users) == 1:
+        return _following_activation(user)  # GPT-2 reshapes between addmm and activation
+    return _ACTIVATIONS.get(user.target, "")  # type: ignore[arg-type]
+
+
+def _full(region: Region, name: str) -> str:
+    return f"{region.path}.{name}" if region.path else name
+
+
+# ---------------------------------------------------------------------------- sites
+
+
+def _groups(found: dict[str, Found]) -> dict[str, str]:
+    """weight -> name of the input that it shares, from the dataflow between inputs and weights."""
+    flow = nx.Graph()
+    for weight, item in found.items():
+        flow.add_node(("weight", weight))
+        for use in item.uses:
+            flow.add_edge(("input", use.source), ("weight", weight))
+    groups: dict[str, str] = {}
+    for part in nx.connected_components(flow):
+        weights = sorted(name for kind, name in part if kind == "weight")
+        groups.update(dict.fromkeys(weights, weights[0]))
+    return groups
+
+
+def _site(
+    captured: Captured,
+    weight: str,
+    item: Found,
+    groups: dict[str, str],
+    runnable: set[str],
+    refusals: list[Refusal],
+) -> LinearSite | None:
+    uses = [u for u in item.uses if u.ref.region in runnable and not _analysis_only(captured, u)]
+    module = captured.tree.get_submodule(item.module) if item.module else None
+    if module is None and not uses:
+        if item.uses:
+            refusals.append(
+                Refusal(weight, "detect", "NO_REGION", "it is used outside of any exported region")
+            )
+        return None
+    tensor = operator.attrgetter(weight)(captured.tree)
+    transposed = uses[0].transposed if module is None else _is_conv1d(module)
+    m, n = tensor.shape[::-1] if transposed else tensor.shape
+    bias = _bias_name(item, module)
+    activations = {u.activation for u in uses}
+    tags = set()
+    if module is None:
+        tags.add("functional")
+    if transposed:
+        tags.add("transposed")
+    if _tied(captured.tree, weight, tensor):
+        tags.add("tied")
+    rows = captured.leaf_rows.get(item.module, 0) or max((u.rows for u in uses), default=1)
+    return LinearSite(
+        name=item.module or weight,
+        module=item.module,
+        weight=weight,
+        bias=bias,
+        in_features=n,
+        out_features=m,
+        transposed=transposed,
+        nodes=tuple(u.ref for u in uses),
+        activation=activations.pop() if len(activations) == 1 else "",
+        rows=max(rows, 1),
+        dtype=tensor.dtype,
+        group=groups.get(weight, weight),
+        tags=frozenset(tags),
+    )
+
+
+def _analysis_only(captured: Captured, use: Use) -> bool:
+    """Whether the use was read in the analysis graph; a region of the same path never exists."""
+    return use.ref.region == "" and all(r.path != "" for r in captured.regions)
+
+
+def _bias_name(item: Found, module: nn.Module | None) -> str | None:
+    if module is not None:
+        return f"{item.module}.bias" if module._parameters.get("bias") is not None else None
+    names = {u.bias for u in item.uses}
+    return names.pop() if len(names) == 1 else None
+
+
+def _tied(tree: nn.Module, weight: str, tensor: Tensor) -> bool:
+    """Whether another parameter name or module leads to the same storage."""
+    pointer = tensor.untyped_storage().data_ptr()
+    if not pointer:
+        return False
+    for name, other in tree.named_parameters(remove_duplicate=False):
+        if name != weight and other.untyped_storage().data_ptr() == pointer:
+            same_module = tree.get_submodule(name.rpartition(".")[0])
+            if same_module is not tree.get_submodule(weight.rpartition(".")[0]):
+                return True
+    return False

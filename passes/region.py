@@ -1,0 +1,165 @@
+"""How a region's graph runs in place of its submodule, over the submodule's own parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structc.errors import ConfigError
+from structc.inputs import canonical
+from structc.records import Call, DimGuard, Guards, Region
+
+MISS = object()
+"""What a runner returns when its guards do not hold."""
+
+
+def call_graph(graph: torch.fx.GraphModule, owner: nn.Module, leaves: list[Any]) -> Any:
+    """Run a graph over a module's parameters, with flat inputs; the output in its real type."""
+    flat = view_of(graph, owner)(*leaves)
+    return pytree.tree_unflatten(flat, graph.meta["out_spec"])
+
+
+def view_of(graph: torch.fx.GraphModule, owner: nn.Module) -> torch.fx.GraphModule:
+    """The graph as a module whose parameter, buffer and child tables *are* those of the owner.
+
+    One owner: whatever is loaded, moved or replaced in the module is what the graph sees next.
+    Constants and subgraphs that export lifted out of the code stay plain attributes of the graph.
+    """
+    targets = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    held = (Tensor, torch.fx.GraphModule)  # lifted tensors; bodies of autocast and grad blocks
+    constants = {t: v for t in targets if isinstance(v := getattr(graph, t, None), held)}
+    constants = {t: v for t, v in constants.items() if not hasattr(owner, t)}
+    view = torch.fx.GraphModule(
+        {t: constants[t] if t in constants else operator.attrgetter(t)(owner) for t in targets},
+        graph.graph,
+    )
+    view.__dict__.update(constants)
+    view.__dict__["_parameters"] = owner._parameters
+    view.__dict__["_buffers"] = owner._buffers
+    view.__dict__["_modules"] = owner._modules
+    view.meta.update(graph.meta)
+    return view
+
+
+class Runner:
+    """Runs a region when its guards hold; says MISS otherwise.
+
+    Args:
+        region: the (rewritten) graph.
+        owner: the module whose tables the graph reads.
+    """
+
+    def __init__(self, region: Region, owner: nn.Module) -> None:
+        self.region = region
+        self.owner = owner
+        self.view = view_of(region.graph, owner)
+        self.out_spec = region.graph.meta["out_spec"]
+        self.compiled: Any = None
+        self.active = True
+        self._hooks = [t for m in owner.modules() for t in _hook_tables(m) if m is not owner]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
+        import copy
+
+        return Runner(self.region, copy.deepcopy(self.owner, memo))
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The region's output, or MISS."""
+        if not self.active or module.training or _wants_tree() or any(self._hooks):
+            return MISS
+        try:
+            call = canonical_of(module, args, kwargs)
+        except ConfigError:
+            return MISS  # the module itself raises the error that its user knows
+        leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+        sizes = bind_sizes(self.region.guards, leaves, spec)
+        if sizes is None or _wants_gradient(leaves, self.owner):
+            return MISS
+        compiled = self.compiled if min(sizes.values(), default=2) > 1 else None
+        flat = (compiled or self.view)(*leaves)  # Inductor would specialise on a size of 1
+        return pytree.tree_unflatten(flat, self.out_spec)
+
+
+def install(owner: nn.Module, region: Region) -> Runner:
+    """Make a module run a region's graph; everything else about it stays as it is.
+
+    The module gets a subclass of its own class whose ``forward`` asks the runner first, so that
+    ``isinstance``, attributes, hooks and methods that call ``self.forward`` keep working.
+    """
+    runner = Runner(region, owner)
+    base = type(owner)
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = self.__dict__["_structc_runner"].run(self, args, kwargs)
+        return base.forward(self, *args, **kwargs) if output is MISS else output
+
+    namespace = {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
+    owner.__class__ = type(base.__name__, (base,), {**namespace, "_structc_base": base})
+    owner.__dict__["_structc_runner"] = runner
+    return runner
+
+
+def runners(tree: nn.Module) -> list[Runner]:
+    """The runners of all regions in a product."""
+    found = (m.__dict__.get("_structc_runner") for m in tree.modules())
+    return [r for r in found if r is not None]
+
+
+def canonical_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The canonical call of a module with a region; the signature is read once."""
+    if not inspect.ismethod(module.forward):
+        raise ConfigError("forward was replaced on the instance")
+    return canonical(module, Call(args, kwargs))
+
+
+def bind_sizes(guards: Guards, leaves: list[Any], spec: Any) -> dict[str, int] | None:
+    """The sizes of a call's symbols if the guards hold, else None."""
+    if spec != guards.spec:
+        return None
+    sizes: dict[str, int] = {}
+    for leaf, guard in zip(leaves, guards.leaves, strict=True):
+        if not isinstance(guard, DimGuard):
+            if isinstance(leaf, Tensor) or leaf != guard:
+                return None
+            continue
+        if (
+            not isinstance(leaf, Tensor)
+            or leaf.dtype != guard.dtype
+            or leaf.device.type != guard.device
+            or leaf.dim() != len(guard.dims)
+        ):
+            return None
+        for size, want in zip(leaf.shape, guard.dims, strict=True):
+            if isinstance(want, int):
+                if size != want:
+                    return None
+            elif sizes.setdefault(want, size) != size:
+                return None
+    for name, size in sizes.items():
+        low, high = guards.ranges[name]
+        if not low <= size <= high:
+            return None
+    return sizes
+
+
+def _wants_tree() -> bool:
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+
+
+def _wants_gradient(leaves: list[Any], owner: nn.Module) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
+        return True
+    return any(p.requires_grad for p in owner.parameters())
+
+
+def _hook_tables(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks

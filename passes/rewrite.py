@@ -1,0 +1,155 @@
+"""Stage 7, rewrite: a plan becomes a new module tree with new graphs."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from structc.families import AbstractFamily, Dense
+from structc.passes.clone import clone_tree, replace_module
+from structc.passes.region import Runner, install
+from structc.records import Captured, LinearSite, Region, Sites
+
+aten = torch.ops.aten
+_ACTIVATIONS = (aten.gelu.default, aten.relu.default, aten.relu_.default, aten.silu.default)
+FACTORS = "structc_factors"
+"""Child of a region's owner that holds the factors of weights used without a module."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A rewritten model.
+
+    Attributes:
+        tree: the module tree that owns all parameters.
+        runners: its regions.
+        replaced: the family module of each rewritten site.
+    """
+
+    tree: nn.Module
+    runners: tuple[Runner, ...]
+    replaced: Mapping[str, AbstractFamily]
+
+
+def rewrite(
+    captured: Captured, sites: Sites, modules: Mapping[str, AbstractFamily]
+) -> Product:
+    """Put family modules in the place of sites, in a fresh clone and in copies of the graphs.
+
+    rewrite:      linear(x, W, b) [-> act]  -->  structc::tile(x, factors, program with bias, act)
+                  linear(x, W, b) [-> act]  -->  structc::dense(x, W, b, act)
+    Sound because: the operator computes the family's matrix, bias and activation, which tests
+        compare with its dense form; an activation is taken in only if it is the product's only use.
+    Skips when:   a site is not in ``modules``; an activation has other readers.
+    """
+    tree = clone_tree(captured.tree)
+    by_name = {site.name: site for site in sites.linear}
+    places: dict[str, str] = {}
+    for name, module in modules.items():
+        site = by_name[name]
+        if site.module:
+            replace_module(tree, site.module, module)
+            places[name] = site.module
+        else:
+            places[name] = _adopt(tree, site, module)
+    runners = []
+    for region in captured.regions:
+        graph = _rewrite_graph(region, tree, by_name, modules, places)
+        runners.append(install(tree.get_submodule(region.path), replace(region, graph=graph)))
+    return Product(tree, tuple(runners), dict(modules))
+
+
+def _adopt(tree: nn.Module, site: LinearSite, module: AbstractFamily) -> str:
+    """Give the factors of a functional site a home beside its weight's region."""
+    path = site.nodes[0].region
+    owner = tree.get_submodule(path)
+    if FACTORS not in owner._modules:
+        owner._modules[FACTORS] = nn.Module()
+    key = site.weight.removeprefix(f"{path}.").replace(".", "_")
+    owner._modules[FACTORS]._modules[key] = module  # type: ignore[union-attr]
+    return ".".join(p for p in (path, FACTORS, key) if p)
+
+
+def _rewrite_graph(
+    region: Region,
+    tree: nn.Module,
+    sites: Mapping[str, LinearSite],
+    modules: Mapping[str, AbstractFamily],
+    places: Mapping[str, str],
+) -> torch.fx.GraphModule:
+    graph = copy_graph(region.graph)
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for name, module in modules.items():
+        site = sites[name]
+        place = places[name].removeprefix(f"{region.path}." if region.path else "")
+        for ref in site.nodes:
+            if ref.region == region.path:
+                replace_linear(graph.graph, nodes[ref.node], module, place, site)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    return graph
+
+
+def copy_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of the graph alone; parameters and constants are those of the given module."""
+    new = torch.fx.Graph()
+    output = new.graph_copy(graph.graph, val_map := {})
+    new.output(output)
+    for old, node in val_map.items():
+        node.meta = dict(old.meta)
+    copied = copy.copy(graph)
+    copied.__dict__["_graph"] = new
+    new.owning_module = copied
+    copied.meta = dict(graph.meta)
+    return copied
+
+
+def replace_linear(
+    graph: torch.fx.Graph,
+    node: torch.fx.Node,
+    module: AbstractFamily,
+    place: str,
+    site: LinearSite,
+) -> None:
+    """Replace one product, and the activation behind it where that is its only use."""
+    x = node.args[1] if node.target is aten.addmm.default else node.args[0]
+    takes_bias = site.bias is not None
+    act_node = _activation_node(node) if site.activation else None
+    act = site.activation if act_node is not None else ""
+    with graph.inserting_before(node):
+        names = [n for n, p in module.named_parameters() if n != "bias"]
+        weights = [graph.get_attr(f"{place}.{n}") for n in names]
+        bias = graph.get_attr(f"{place}.bias") if takes_bias else None
+        if isinstance(module, Dense):
+            new = graph.call_function(
+                torch.ops.structc.dense.default, (x, weights[0], bias, act, module.transposed)
+            )
+        else:
+            program = str(module.form(act))
+            listed = weights if bias is None else [*weights, bias]
+            made = graph.call_function(torch.ops.structc.tile.default, ([x], listed, program))
+            new = graph.call_function(operator.getitem, (made, 0))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    if act_node is not None:
+        before = act_node.args[0]
+        act_node.replace_all_uses_with(before)  # type: ignore[arg-type]
+        graph.erase_node(act_node)
+    graph.erase_node(node)
+
+
+def _activation_node(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The activation after a product, through reshapes, if nothing else reads in between."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target in _ACTIVATIONS:
+            return node
+        if node.target not in (aten.view.default, aten.reshape.default):
+            return None
+    return None
+

@@ -1,0 +1,29 @@
+"""Structure families: one file each, joined to everything by one line in :data:`FAMILIES`.
+
+The line makes a family take part in pricing, fitting, selection, reporting, saving and the
+contract test suite.
+"""
+
+from __future__ import annotations
+
+from structc.families.base import AbstractFamily, AbstractStructured
+from structc.families.dense import Dense
+from structc.families.low_rank import LowRank
+from structc.families.monarch import Monarch
+
+FAMILIES: tuple[type[AbstractFamily], ...] = (
+    Dense,
+    LowRank,
+    Monarch,
+)
+BY_NAME: dict[str, type[AbstractFamily]] = {family.name: family for family in FAMILIES}
+
+__all__ = [
+    "BY_NAME",
+    "FAMILIES",
+    "AbstractFamily",
+    "AbstractStructured",
+    "Dense",
+    "LowRank",
+    "Monarch",
+]

@@ -1,0 +1,188 @@
+"""What every structure family is: a module whose parameters are the factors of one matrix."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from structc.forms import Act, Bias, Form, Tile
+from structc.numerics import weighted_error
+from structc.records import Hyper, Refusal
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one call.
+
+    Attributes:
+        flops: floating-point operations, a multiply-add counts two.
+        params: elements of the factors (bias not counted).
+        bytes: of factors, input and output, each moved once.
+    """
+
+    flops: int
+    params: int
+    bytes: int
+
+    @property
+    def intensity(self) -> float:
+        """flops a byte."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+class AbstractFamily(nn.Module, abc.ABC):
+    """A linear map ``y = M x + b`` kept as factors.
+
+    A family is mathematics: how to fit a weight, with what error, and which form computes it. It
+    never names a backend. Weights are ``(out_features, in_features)``, a Gram matrix is
+    ``E[x x^T]`` of shape ``(in_features, in_features)``.
+
+    Laws (the contract suite checks them for every line of ``FAMILIES``):
+        ``module(x) == x @ module.to_dense().T + bias`` up to rounding;
+        ``module.form() == type(module).form_of(in, out, module.hyper(), bias, activation)``;
+        ``fit`` returns a family or a :class:`Refusal`, never raises for a weight's values;
+        with a Gram, ``fit`` is at or below the unweighted fit in ``weighted_error``.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", None)
+
+    @classmethod
+    @abc.abstractmethod
+    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
+        """Hyper-parameters worth pricing for a weight of this size, most parameters first."""
+
+    @classmethod
+    @abc.abstractmethod
+    def form_of(
+        cls, in_features: int, out_features: int, hyper: Hyper, *, bias: bool, activation: str
+    ) -> Form:
+        """The form that computes the map, known before anything is fitted."""
+
+    @classmethod
+    @abc.abstractmethod
+    def empty(cls, in_features: int, out_features: int, hyper: Hyper, dtype: torch.dtype) -> Self:
+        """A module of the right shapes with uninitialised factors, to load a state into."""
+
+    @abc.abstractmethod
+    def hyper(self) -> Hyper:
+        """The hyper-parameters of this module."""
+
+    @abc.abstractmethod
+    def factors(self) -> list[Tensor]:
+        """The factors in the order in which the form takes them."""
+
+    @abc.abstractmethod
+    def to_dense(self) -> Tensor:
+        """The matrix ``(out_features, in_features)``, from the factors."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in_features) -> (..., out_features)``."""
+
+    def form(self, activation: str = "") -> Form:
+        """The form that computes this map and its bias, then an activation."""
+        return self.form_of(
+            self.in_features,
+            self.out_features,
+            self.hyper(),
+            bias=self.bias is not None,
+            activation=activation,
+        )
+
+    def cost(self, rows: int) -> Cost:
+        """Cost of a call with so many rows."""
+        form, size = self.form(), self.factors()[0].element_size()
+        moved = form.params + rows * (self.in_features + self.out_features)
+        return Cost(flops=rows * form.flops, params=form.params, bytes=size * moved)
+
+    def error(self, weight: Tensor, gram: Tensor | None = None) -> float:
+        """Relative output error against a weight, measured on the factors as they are stored."""
+        return weighted_error(weight, self.to_dense(), gram)
+
+    def extra_repr(self) -> str:
+        hyper = "".join(f", {k}={v}" for k, v in self.hyper().items())
+        return f"{self.in_features}, {self.out_features}{hyper}, bias={self.bias is not None}"
+
+
+class AbstractStructured(AbstractFamily):
+    """A family that runs as a tile program.
+
+    ``weight`` reconstructs the dense matrix, for code that reads ``layer.weight`` instead of
+    calling the layer (``nn.TransformerEncoderLayer`` does): right, but as slow as a dense layer.
+    """
+
+    transposed: bool = False
+    """Whether the layer that this replaces stored its weight ``(in_features, out_features)``."""
+
+    @property
+    def weight(self) -> Tensor:
+        dense = self.to_dense()
+        return dense.t() if self.transposed else dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.factors() if self.bias is None else [*self.factors(), self.bias]
+        y: Tensor = torch.ops.structc.tile([x], weights, str(self.form()))[0]
+        return y
+
+
+def with_epilogue(program: Tile, *, bias: bool, activation: str) -> Tile:
+    """A program followed by bias and activation."""
+    if bias:
+        program = program.then(Bias(program.out_features))
+    return program.then(Act(activation, program.out_features)) if activation else program
+
+
+def refuse_weight(family: str, weight: Tensor, gram: Tensor | None) -> Refusal | None:
+    """The refusals that every fit shares: no matrix, no elements, wrong dtype, not finite."""
+
+    def refuse(code: str, reason: str) -> Refusal:
+        return Refusal(site="", family=family, code=code, reason=reason)
+
+    if weight.dim() != 2:
+        return refuse("NOT_A_MATRIX", f"the weight has {weight.dim()} dimensions, 2 are needed")
+    if weight.numel() == 0:
+        return refuse("EMPTY", f"the weight is {tuple(weight.shape)}: nothing to compute")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return refuse("DTYPE", f"weights of {weight.dtype} are not fitted")
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        where = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
+        return refuse("NONFINITE", f"{bad} weights are NaN or infinite, the first at {where}")
+    if gram is not None:
+        n = weight.shape[1]
+        if tuple(gram.shape) != (n, n):
+            return refuse("GRAM_SHAPE", f"Gram is {tuple(gram.shape)}, the weight wants {(n, n)}")
+        if not bool(torch.isfinite(gram).all()):
+            return refuse("GRAM_NONFINITE", "the calibration Gram matrix is not finite")
+    return None
+
+
+def ranks_for(
+    full: int, per_rank: int, most: int, fractions: Sequence[float], multiple: int = 16
+) -> Iterator[int]:
+    """Ranks that keep about these fractions of ``full`` parameters, rounded to whole vectors.
+
+    Args:
+        full: parameters of the dense weight.
+        per_rank: parameters that one unit of rank costs.
+        most: the largest rank that makes sense.
+        multiple: ranks are rounded down to it where they are large enough.
+    """
+    seen: set[int] = set()
+    for fraction in fractions:
+        rank = int(full * fraction / per_rank)
+        step = multiple if rank >= 2 * multiple else 8 if rank >= 16 else 1
+        rank = min(rank // step * step, most)
+        if rank >= 1 and rank * per_rank < full and rank not in seen:
+            seen.add(rank)
+            yield rank
