@@ -222,10 +222,10 @@ def _why(row: Json, best: Json | None, choice: Json | None) -> str:
     if choice is None:
         return "faster than dense; not fitted" if row["error"] is None else "faster than dense"
     if best is None or choice["family"] == "dense":
-        return "faster, but the budget has no room for its error here"
+        return "faster, but its error did not fit the budget"
     if (row["latency_ms"] or math.inf) > (best["latency_ms"] or 0):
         return "slower than the choice"
-    return "faster than the choice, but with more error than the budget leaves here"
+    return "faster, but costs more error than the choice"
 
 
 def latency_data(verification: Verification | None) -> list[Json]:

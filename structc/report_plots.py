@@ -43,10 +43,9 @@ def stacked(parts: Sequence[Slice], after: bool, marker: float | None = None) ->
             f'width="{width:.3f}%" height="34"/>'
         )
         if width >= 5:
-            shapes.append(
-                f'<text class="on-slice {name}-ink" x="{left + width / 2:.3f}%" y="22">'
-                f"{percent(value)}</text>"
-            )
+            css = f"on-slice {name}-ink" + (" small" if width < 10 else "")
+            middle = f"{left + width / 2:.3f}%"
+            shapes.append(f'<text class="{css}" x="{middle}" y="22">{percent(value)}</text>')
         shapes.append("</g>")
         start += max(value, 0)
     if marker is not None:
@@ -120,7 +119,7 @@ class Axis:
         return self.start + part * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values, four or so.
+        """Round values, a handful.
 
         >>> Axis(0.013, 0.7, 0, 1, log=True).ticks()
         [0.02, 0.05, 0.1, 0.2, 0.5]
@@ -132,7 +131,7 @@ class Axis:
             powers = range(first, last + 1, every)
             found = [float(f"{s}e{p}") for p in powers for s in steps]
         else:
-            rough = (self.high - self.low) / 4
+            rough = (self.high - self.low) / 6
             unit = 10 ** math.floor(math.log10(rough))
             step = next(s * unit for s in (1, 2, 2.5, 5, 10) if s * unit >= rough)
             first = math.ceil(self.low / step - 1e-9)

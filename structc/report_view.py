@@ -192,8 +192,16 @@ def slices(data: Json, found: Sequence[Group], most: int = 8) -> list[Slice]:
             sum(s.after for s in rest),
         )
         linear = [*linear[: most - 1], merged]
-    elsewhere = sorted(data["time_elsewhere"].items(), key=lambda kv: kv[0] == "other")
-    return [*linear, *(Slice(k, "elsewhere", 0, v, v) for k, v in elsewhere if v > 0)]
+    return [*linear, *_elsewhere(data)]
+
+
+def _elsewhere(data: Json, most: int = 3) -> list[Slice]:
+    """Time outside the linear sites: attention, a few more by name, and all the rest as other."""
+    found = {k: v for k, v in data["time_elsewhere"].items() if v > 0 and k != "other"}
+    order = sorted(found, key=lambda k: (k != "attention", -found[k]))
+    kept = [Slice(k, "elsewhere", 0, found[k], found[k]) for k in order[:most]]
+    other = sum(found[k] for k in order[most:]) + max(data["time_elsewhere"].get("other", 0), 0)
+    return [*kept, *([Slice("other", "elsewhere", 0, other, other)] if other > 0 else [])]
 
 
 def refusal_groups(data: Json) -> list[Json]:
@@ -218,9 +226,13 @@ def refusal_groups(data: Json) -> list[Json]:
 _BUDGETS = {
     "metric": ("quality", "{name} may drop by at most {limit}", "it dropped by {value}"),
     "error": ("output error", "at most {limit}", "the largest is {value}"),
-    "latency": ("latency", "at most {limit} of the best dense version", "it is {value}"),
-    "params": ("parameters", "at most {limit} of the linear layers'", "{value} are left"),
-    "never_slower": ("never slower", "than the best dense version", "it takes {value} of its time"),
+    "latency": ("latency", "at most {limit} of the best dense version's", "it is {value}"),
+    "params": ("parameters", "at most {limit} of those in linear layers", "{value} are left"),
+    "never_slower": (
+        "speed",
+        "never slower than the best dense version",
+        "it takes {value} of that time",
+    ),
 }
 
 

@@ -188,7 +188,7 @@ def _why_nothing(data: Json) -> str:
         return "the model has no dense linear layer within reach"
     if summary["rolled_back"]:
         n = count(summary["rolled_back"], "rewritten layer")
-        return f"the budget held only after all {n} had gone back to dense"
+        return f"{n} had to go back to dense before the budget held"
     structured = [c for s in data["sites"] for c in s["candidates"] if c["family"] != "dense"]
     if not structured and refusals:
         code, n = Counter(r["code"] for r in refusals).most_common(1)[0]
