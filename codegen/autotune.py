@@ -1,69 +1,32 @@
-"""Stage 4, price: what each form costs on this machine, against the best dense kernel."""
+"""Stage 4, price: what each form costs on this machine, against the best dense kernel.
+
+Latency depends on shapes, not on values, so this comes before any fitting. The dense contenders
+of a shape are settled once; the best of them is then timed in turns with every configuration of
+every form at that shape, so that each price carries a baseline from the same minute.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-
-from structc.codegen import cost
-from structc.codegen.bench import Bench, Job
-from structc.codegen.contenders import Contender, dense_contenders, tile_contenders
+from structc import hardware, settings
+from structc.codegen import cost, tuning_db
+from structc.codegen.contenders import Contender, Request
+from structc.codegen.cpu import build
+from structc.codegen.measure import Measurement
+from structc.codegen.tuning_db import Key, Row, TuningDb
+from structc.codegen.worker_client import Worker
 from structc.errors import ConfigError
-from structc.forms import Form, PackedDense
+from structc.forms import PackedDense
 from structc.records import Price, Refusal
 
+__all__ = ["Request", "predict", "price", "tuning_key"]
+
 EFFORTS = ("none", "quick", "full")
-ROUNDS = {"quick": 7, "full": 15}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One form to price at one number of rows.
-
-    Attributes:
-        form: a tile program with its bias and activation steps, or a dense product.
-        rows: of one call.
-        dtype: of inputs and weights.
-        bias: whether a bias is added (part of the program for a tile form).
-        activation: at the end, or ``""`` (part of the form as well).
-        transposed: dense only: the weight is stored (in_features, out_features).
-    """
-
-    form: Form
-    rows: int
-    dtype: torch.dtype
-    bias: bool
-    activation: str
-    transposed: bool = False
-
-    @property
-    def in_features(self) -> int:
-        return self.form.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.form.out_features
-
-    def dense(self) -> Request:
-        """The dense product that this form has to beat."""
-        if isinstance(self.form, PackedDense):
-            return self
-        form = PackedDense(self.in_features, self.out_features, self.activation)
-        return Request(form, self.rows, self.dtype, self.bias, self.activation)
-
-    def job(self, contender: Contender) -> Job:
-        name = str(self.dtype).removeprefix("torch.")
-        return Job(
-            str(self.form),
-            self.rows,
-            name,
-            self.bias,
-            self.transposed,
-            contender.kernel,
-            contender.config,
-        )
+NEAR, MOST_RIVALS = 1.25, 3
+"""Dense kernels within this factor of the best are timed again beside each form."""
 
 
 def price(
@@ -73,21 +36,33 @@ def price(
     seconds: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Request, Price | Refusal]:
-    """Latency of every request against the best dense kernel at its shape."""
+    """Latency of every request against the best dense kernel at its shape.
+
+    Args:
+        requests: forms with rows and dtype; equal ones are priced once.
+        effort: ``"none"`` predicts and builds nothing, ``"quick"`` times the likely configurations,
+            ``"full"`` all of them.
+        seconds: stop measuring after this long; what is left is refused with code ``BUDGET``.
+        progress: called with what was priced, how many are done, and how many there are.
+
+    Returns:
+        For each request its price, or why it has none: no kernel could be built, or each one failed
+        its check. A dense request always has a price.
+
+    Errors:
+        ConfigError: ``effort`` is none of the three.
+    """
     if effort not in EFFORTS:
         raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    unique = list(dict.fromkeys(requests))
-    if effort == "none":
-        return {r: predict(r) for r in unique}
-    bench, out, dense = Bench(), {}, {}
-    for i, r in enumerate(unique):
-        d = r.dense()
-        if d not in dense:
-            dense[d] = _price(d, None, bench, effort)
-        out[r] = dense[d] if d == r else _price(r, dense[d], bench, effort)
-        if progress is not None:
-            progress(str(r.form), i + 1, len(unique))
-    return out
+    unique = sorted(dict.fromkeys(requests), key=_group)
+    prices: dict[Request, Price | Refusal] = {}
+    with Worker() as worker:
+        session = _Session(worker, effort, seconds)
+        for done, request in enumerate(unique, 1):
+            prices[request] = predict(request) if effort == "none" else session.price(request)
+            if progress is not None:
+                progress(str(request.form), done, len(unique))
+    return {r: prices[r] for r in dict.fromkeys(requests)}
 
 
 def predict(request: Request) -> Price:
@@ -100,37 +75,105 @@ def predict(request: Request) -> Price:
     )
 
 
-def _price(request, best, bench, effort):
-    if best is None:
-        cs = dense_contenders(request.form, request.rows, request.dtype, effort)
-    else:
-        cs = tile_contenders(request.form, request.rows, request.dtype, effort)
-    ok, refused = [], []
-    for c in cs:
-        r = bench.check(request.job(c))
-        (refused.append(r) if r else ok.append(c))
-    if not ok:
-        return (
-            refused[0]
-            if refused
-            else Refusal("", "tile", "DTYPE", f"no kernel for {request.dtype}")
-        )
-    jobs = [request.job(c) for c in ok]
-    if best is not None:
-        jobs = [request.dense().job(Contender(best.kernel.split("[")[0], best.config)), *jobs]
-    timed = bench.time(jobs, ROUNDS[effort])
-    base = timed[0]
-    mine = list(zip(ok, timed[1:] if best is not None else timed))
-    c, t = min(mine, key=lambda p: p[1].latency_ms)
-    label = f"tile[{c.config['layout']},{c.config['tile']}]" if c.kernel == "tile" else c.kernel
+def tuning_key(request: Request) -> Key:
+    """What the request's measurements are stored under."""
+    target = hardware.target()
+    compiler = build.compiler_version(settings.current().compiler)
+    plus = "+bias" if request.bias and isinstance(request.form, PackedDense) else ""
+    return Key(
+        form=f"{request.form}{plus}",
+        rows=request.rows,
+        dtype=str(request.dtype).removeprefix("torch."),
+        transposed=request.transposed,
+        threads=target.threads,
+        cpu=target.cpu,
+        isa=target.isa,
+        cores=target.cores,
+        torch=target.torch,
+        compiler="none" if isinstance(compiler, Refusal) else compiler,
+        source=tuning_db.source_hash() if settings.current().native else "off",
+    )
+
+
+def _group(request: Request) -> tuple[object, ...]:
+    """Requests of one dense shape follow each other, the dense one first."""
+    dense = request.dense()
+    shape = (request.in_features, request.out_features, request.activation, request.bias)
+    return (str(request.dtype), *shape, request.rows, request.transposed, request != dense)
+
+
+@dataclass
+class _Session:
+    """One call of :func:`price`: a worker, a deadline, the dense kernels settled so far."""
+
+    worker: Worker
+    effort: str
+    seconds: float | None
+    db: TuningDb = field(default_factory=TuningDb)
+    started: float = field(default_factory=time.monotonic)
+    dense: dict[Request, list[Row]] = field(default_factory=dict)
+    refusal: Refusal = field(default_factory=lambda: _refuse("nothing was priced"))
+
+    def price(self, request: Request) -> Price | Refusal:
+        """From the database or from a measurement; the dense kernels of the shape come first."""
+        dense = request.dense()
+        if dense not in self.dense:
+            if self.dense:
+                self.worker.forget()
+            self.dense[dense] = self._find(dense, [])
+        if request != dense:
+            rivals = _rivals(self.dense[dense])
+            if not rivals:
+                return _refuse(f"no dense baseline was timed for {request.form}")
+            rows = self._find(request, rivals)
+        else:
+            rows = self.dense[dense]
+        row = next((r for r in rows if r.effort), None)
+        found = _from_row(request, row) if row is not None else self.refusal
+        # Eager PyTorch always runs: without a measurement it is what there is.
+        return predict(request) if isinstance(found, Refusal) and request == dense else found
+
+    def _find(self, request: Request, rivals: list[Contender]) -> list[Row]:
+        """Rows of a request with one of them chosen, or none and the reason in ``refusal``."""
+        key = tuning_key(request)
+        if self.db.chosen(key, self.effort) is not None:
+            return self.db.rows(key)
+        if self.seconds is not None and time.monotonic() - self.started > self.seconds:
+            self.refusal = _refuse(f"the {self.seconds:g} s for tuning ran out")
+            return []
+        measurement = Measurement(self.worker, request, rivals, self.effort)
+        rows = measurement.run()
+        if any(r.effort for r in rows):
+            self.db.put(key, rows)
+        else:
+            self.refusal = measurement.refusal()
+        return rows
+
+
+def _rivals(rows: Sequence[Row]) -> list[Contender]:
+    """The dense kernels that may be the fastest when timed again: all that came near the best."""
+    able = sorted((r for r in rows if r.status == "ok"), key=lambda r: r.latency_ms)
+    near = [r for r in able if r.latency_ms <= NEAR * able[0].latency_ms][:MOST_RIVALS]
+    return [Contender(r.kernel, r.config) for r in near]
+
+
+def _refuse(reason: str) -> Refusal:
+    return Refusal("", "tuner", "BUDGET", reason)
+
+
+def _from_row(request: Request, row: Row) -> Price | Refusal:
+    """The price that a stored choice stands for: the same whenever it is read."""
+    if row.status == "refused":
+        code, _, reason = row.reason.partition(": ")
+        return Refusal("", row.kernel, code, reason)
     return Price(
         str(request.form),
         request.rows,
-        t.latency_ms,
-        base.latency_ms,
-        label,
-        dict(c.config),
-        best.kernel if best else "aten",
-        t.spread,
+        row.latency_ms,
+        row.baseline_ms,
+        Contender(row.kernel, row.config).label,
+        dict(row.config),
+        row.baseline,
+        row.spread,
         "measured",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -88,13 +89,24 @@ class Bench:
         self._problems: dict[str, Problem] = {}
         self._data: dict[tuple[object, ...], Any] = {}
 
-    def check(self, job: Job) -> Refusal | None:
-        """Build the kernel and hold it against the float64 reference; None if it may be timed."""
+    def check(self, job: Job) -> tuple[Refusal | None, float]:
+        """Build the kernel and hold it against the float64 reference.
+
+        Returns:
+            None if it may be timed, and the milliseconds of one call.
+        """
         problem = self._problem(job)
         if isinstance(problem, Refusal):
-            return problem
+            return problem, 0.0
         tolerance = TOLERANCE.get(getattr(torch, job.dtype), 1e-5)
-        return _check_odd(job, tolerance) or _check_real(job, problem, tolerance)
+        failed = _check_odd(job, tolerance)
+        failed = failed or _compare(problem, job, tolerance, f"{job.rows} rows")
+        if failed is not None:
+            return failed, 0.0
+        with torch.inference_mode():
+            start = time.perf_counter()
+            problem.run(problem.inputs[1], problem.weights)
+        return None, (time.perf_counter() - start) * 1e3
 
     def time(
         self, jobs: Sequence[Job], rounds: int, mark: Callable[[int], None] = lambda _: None
@@ -210,10 +222,6 @@ def _check_odd(job: Job, tolerance: float) -> Refusal | None:
         if failed is not None:
             return failed
     return None
-
-
-def _check_real(job: Job, problem: Problem, tolerance: float) -> Refusal | None:
-    return _compare(problem, job, tolerance, f"{job.rows} rows")
 
 
 def _compare(problem: Problem, job: Job, tolerance: float, what: str) -> Refusal | None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from structc.codegen.bench import Job
 from structc.codegen.cpu.emit import Program, analyse
 from structc.codegen.cpu.tile import DEFAULT
-from structc.forms import PackedDense, Tile
+from structc.forms import Form, PackedDense, Tile
 
 Config = Mapping[str, int | str]
 FEW_ROWS = 512
@@ -22,6 +23,65 @@ class Contender:
 
     kernel: str
     config: Config = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name in a price.
+
+        >>> Contender("tile", {"layout": "token", "tile": 64}).label, Contender("aten").label
+        ('tile[token,64]', 'aten')
+        """
+        if self.kernel != "tile":
+            return self.kernel
+        return f"tile[{self.config['layout']},{self.config['tile']}]"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One form to price at one number of rows.
+
+    Attributes:
+        form: a tile program with its bias and activation steps, or a dense product.
+        rows: of one call.
+        dtype: of inputs and weights.
+        bias: whether a bias is added (part of the program for a tile form).
+        activation: at the end, or ``""`` (part of the form as well).
+        transposed: dense only: the weight is stored (in_features, out_features).
+    """
+
+    form: Form
+    rows: int
+    dtype: torch.dtype
+    bias: bool
+    activation: str
+    transposed: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.form.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.form.out_features
+
+    def dense(self) -> Request:
+        """The dense product that this form has to beat."""
+        if isinstance(self.form, PackedDense):
+            return self
+        form = PackedDense(self.in_features, self.out_features, self.activation)
+        return Request(form, self.rows, self.dtype, self.bias, self.activation)
+
+    def contenders(self, effort: str) -> list[Contender]:
+        """What may serve it, the default first."""
+        if isinstance(self.form, PackedDense):
+            return dense_contenders(self.form, self.rows, self.dtype, effort)
+        return tile_contenders(self.form, self.rows, self.dtype, effort)
+
+    def job(self, contender: Contender) -> Job:
+        """One contender as data for the worker."""
+        name = str(self.dtype).removeprefix("torch.")
+        text, kernel, config = str(self.form), contender.kernel, dict(contender.config)
+        return Job(text, self.rows, name, self.bias, self.transposed, kernel, config)
 
 
 def dense_contenders(

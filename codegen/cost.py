@@ -1,6 +1,6 @@
 """The roofline: what a form should take, from its flops, its bytes and two peaks.
 
-Deterministic: for the same target and the same form it gives the same milliseconds. It serves effort
+Deterministic: for the same target and form it gives the same milliseconds. It serves effort
 ``none`` and targets that are not here, and prunes configurations before they are timed.
 """
 
@@ -24,7 +24,7 @@ CORE_GB_PER_S = 12.0
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a machine can do: ``gflops`` in float32 and ``gb_per_s`` from memory, over all threads."""
+    """What a machine can do over all threads: ``gflops`` in float32, ``gb_per_s`` from memory."""
 
     gflops: float
     gb_per_s: float
@@ -41,8 +41,8 @@ def default_peaks(target: hardware.Target | None = None) -> Peaks:
 def predict_ms(form: Form, rows: int, dtype: torch.dtype, peaks: Peaks | None = None) -> float:
     """Roofline latency of one call, in milliseconds.
 
-    max(flops / peak, bytes / bandwidth) + a call's overhead, where narrow blocks and the reference's
-    permutations lower the share of the peak that is reached.
+    max(flops / peak, bytes / bandwidth) + a call's overhead, where narrow blocks and few rows
+    lower the share of the peak that is reached.
     """
     peaks = peaks or default_peaks()
     speed = 1.0 if dtype in (torch.float32, torch.float64) else 2.0

@@ -2,8 +2,8 @@
 
 A library is generic in all sizes; what it is specialised to is a :class:`Spec`. Two layouts:
 
-``token``    rows of x are the A operand as they lie in memory; each factor is packed once, transposed
-             and cut into panels of columns that stay in L1 or L2 while a tile of tokens passes.
+``token``    rows of x are the A operand as they lie in memory; each factor is packed once,
+             transposed and cut into panels of columns that stay in L1 or L2 while a tile passes.
 ``feature``  a tile of tokens is transposed in registers, features become rows, and the factors are
              the A operand as stored. A permutation is then a stride (``ldc``) and narrow blocks
              still fill vectors, which run along tokens.
@@ -124,7 +124,9 @@ def emit(spec: Spec) -> str:
     """The C++ source of one library, self-contained but for the C++ standard library."""
     parts = [
         f"// structc tile kernel {spec.name}: {_sentence(spec)}",
-        "#include <cmath>\n#include <cstdint>\n#include <cstdlib>\n#include <cstring>\n#include <new>\n",
+        "".join(
+            f"#include <{name}>\n" for name in ("cmath", "cstdint", "cstdlib", "cstring", "new")
+        ),
         _piece("base"),
         _piece("panels" if spec.layout == "token" else "transpose"),
         *([_piece(spec.act)] if spec.act else []),
@@ -183,7 +185,7 @@ def _call_finish(spec: Spec, block: str, cols: str, bias: str) -> str:
 
 
 _TILES = """\
-  // Tiles of equal height, at most s.tile tokens: the last one is not a sliver that one thread waits for.
+  // Tiles of equal height, at most s.tile tokens: no thread waits for another's sliver.
   const int64_t tiles = ceil_div(rows, s.tile), high = ceil_div(rows, tiles);
 """
 
@@ -231,8 +233,8 @@ _TOKEN_FIRST = """\
 
 _TOKEN_FIRST_SHUFFLED = """\
   const int64_t n = s.a1 * s.c1, middle = s.a1 * s.b1;
-  // The shuffle costs nothing: each block of factor 1 is cut into one part for each group of factor
-  // 2, and a part is written where its group reads. Factor 2 is packed with its columns in that order.
+  // The shuffle costs nothing: each block of factor 1 is cut into one part for each group of
+  // factor 2, written where its group reads. Factor 2 is packed with its inputs in that order.
   const int64_t part_width = s.b1 / s.a2;
   const Panels p1(part_width, s.panel1);
   const int64_t units1 = s.a1 * s.a2 * p1.count;
@@ -274,7 +276,7 @@ _TOKEN_ONLY = """\
 _TOKEN_LOOPS_2 = """\
   static thread_local Scratch scratch;
   if (s.split && tiles <= 16) {
-    // Few rows: the threads share the panels of each factor, and all tokens share one intermediate.
+    // Few rows: the threads share the panels of each factor; all tokens share one intermediate.
     float* h = scratch.get(rows * middle);
     const int32_t failed = parallel(tiles * units1, [&](int64_t task) {
       const int64_t t0 = task / units1 * high;

@@ -1,0 +1,143 @@
+"""Find the fastest right configuration of one form: check all, time in turns, choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from structc.codegen.contenders import Contender, Request
+from structc.codegen.tuning_db import Row
+from structc.codegen.worker_client import Worker
+from structc.records import Refusal, Timed
+
+ROUNDS = {"quick": 7, "full": 15}
+SCREEN = 3
+"""Rounds after which a full search drops what is far from the best."""
+KEEP = 6
+"""How many configurations stay after screening."""
+TIMING_S = 20.0
+"""Rounds are cut, down to three, so that one form takes no longer."""
+MARGIN = (0.02, 0.10)
+"""A default gives way to something better by more than the spread, held inside these bounds."""
+# Reasons that lie in the surroundings and may be gone tomorrow: never stored.
+PASSING = frozenset(
+    {"OFF", "NO_COMPILER", "COMPILE", "COMPILE_TIME", "LOCKED", "CACHE", "LOAD", "WORKER"}
+)
+
+Baseline = tuple[str, float]
+"""Label and milliseconds of the dense kernel that everything else is held against."""
+Results = list[tuple[Contender, Timed]]
+Able = list[tuple[Contender, float]]
+"""Contenders that passed their check, with the milliseconds of one call."""
+
+
+@dataclass
+class Measurement:
+    """One form against the best dense kernel, or the dense kernels against each other.
+
+    Attributes:
+        worker: checks and times.
+        request: what is measured.
+        rivals: dense kernels to beat; empty while the dense kernels compete among themselves.
+        effort: ``"quick"`` or ``"full"``.
+        refused: contenders that failed their check or took the worker down.
+    """
+
+    worker: Worker
+    request: Request
+    rivals: Sequence[Contender]
+    effort: str
+    refused: list[tuple[Contender, Refusal]] = field(default_factory=list)
+
+    def run(self) -> list[Row]:
+        """A row for each contender; the chosen one carries the effort.
+
+        If all are refused, and for reasons of their own, the first refusal is the choice.
+        """
+        able = self._check(self.request.contenders(self.effort))
+        if self.effort == "full" and len(able) > KEEP:
+            screened = self._time(able, SCREEN)[1]
+            fast = sorted(screened, key=lambda pair: pair[1].latency_ms)[:KEEP]
+            kept = [c for c, _ in fast]
+            able = [pair for i, pair in enumerate(able) if i == 0 or pair[0] in kept]
+        base, timed = self._time(able, ROUNDS[self.effort])
+        rows = [self._row(c, t, base) for c, t in timed] if base is not None else []
+        own = [_refused_row(c, r) for c, r in self.refused if r.code not in PASSING]
+        if rows:
+            winner = choose([t for _, t in timed])
+            rows[winner] = replace(rows[winner], effort=self.effort)
+        elif own and len(own) == len(self.refused):
+            own[0] = replace(own[0], effort=self.effort)
+        return rows + own
+
+    def refusal(self) -> Refusal:
+        """Why nothing was chosen."""
+        if self.refused:
+            return self.refused[0][1]
+        return Refusal("", "tile", "UNSERVED", f"no kernel serves {self.request.form}")
+
+    def _check(self, contenders: Sequence[Contender]) -> Able:
+        able: Able = []
+        for contender in contenders:
+            checked = self.worker.check(self.request.job(contender))
+            if isinstance(checked, Refusal):
+                self.refused.append((contender, checked))
+            else:
+                able.append((contender, checked))
+        return able
+
+    def _time(self, able: Able, rounds: int) -> tuple[Baseline | None, Results]:
+        """The baseline and everybody's time; what kills the worker drops out of ``able``."""
+        yardstick = [self.request.dense().job(c) for c in self.rivals]
+        while able:
+            jobs = [*yardstick, *(self.request.job(c) for c, _ in able)]
+            once_s = (sum(ms for _, ms in able) + able[0][1] * len(yardstick)) / 1e3
+            turns = max(3, min(rounds, int(TIMING_S / max(once_s, 1e-6))))
+            result = self.worker.time(jobs, turns, expected_s=2 * turns * once_s)
+            if isinstance(result, list):
+                theirs = result[len(yardstick) :]
+                timed = [(c, t) for (c, _), t in zip(able, theirs, strict=True)]
+                return self._baseline(result), timed
+            index, refusal = result
+            if index < len(yardstick):  # the yardstick itself, or a death outside any kernel
+                self.refused += [(c, refusal) for c, _ in able]
+                able.clear()
+            else:
+                self.refused.append((able.pop(index - len(yardstick))[0], refusal))
+        return None, []
+
+    def _baseline(self, result: Sequence[Timed]) -> Baseline:
+        """The fastest rival of this run; eager PyTorch, which is timed first, among dense kernels."""
+        if not self.rivals:
+            return "aten", result[0].latency_ms
+        ms, name = min((t.latency_ms, c.label) for c, t in zip(self.rivals, result, strict=False))
+        return name, ms
+
+    def _row(self, contender: Contender, timed: Timed, base: Baseline) -> Row:
+        return Row(
+            contender.kernel,
+            dict(contender.config),
+            latency_ms=timed.latency_ms,
+            baseline_ms=base[1],
+            baseline=base[0],
+            spread=timed.spread,
+        )
+
+
+def choose(timed: Sequence[Timed]) -> int:
+    """Index of the winner; the first one is the default and stays unless clearly beaten.
+
+    >>> choose([Timed(10.0, 10.0, 0.05, 9), Timed(9.8, 9.9, 0.05, 9), Timed(9.0, 9.1, 0.05, 9)])
+    2
+    >>> choose([Timed(10.0, 10.0, 0.05, 9), Timed(9.8, 9.9, 0.05, 9)])
+    0
+    """
+    winner = min(range(len(timed)), key=lambda i: timed[i].latency_ms)
+    default, best = timed[0], timed[winner]
+    margin = max(MARGIN[0], min(MARGIN[1], default.spread, best.spread))
+    return winner if best.latency_ms < default.latency_ms * (1 - margin) else 0
+
+
+def _refused_row(contender: Contender, refusal: Refusal) -> Row:
+    reason = f"{refusal.code}: {refusal.reason}"
+    return Row(contender.kernel, dict(contender.config), "refused", reason)
