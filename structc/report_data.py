@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,17 +43,19 @@ def plain(value: object) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return finite(float(value))
-    if is_dataclass(value) and not isinstance(value, type):
+    if callable(value):  # repr would carry an address
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted((plain(v) for v in value), key=str)
-    if isinstance(value, Iterable):
+    if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if callable(value):  # repr would carry an address
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return str(value).removeprefix("torch.")
+    if type(value).__repr__ is object.__repr__:
+        return type(value).__qualname__
+    return str(value).removeprefix("torch.")[:200]
 
 
 def finite(value: float | None) -> float | None:

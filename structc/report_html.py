@@ -131,7 +131,6 @@ def _time(data: Json, parts: Sequence[view.Slice]) -> Json | None:
 
 
 def _group(group: view.Group, fastest: float) -> Json:
-    low_high = [words.number(e, 2) for e in (group.errors[:1] + group.errors[-1:])]
     return {
         "name": group.name,
         "shape": group.shape,
@@ -147,7 +146,7 @@ def _group(group: view.Group, fastest: float) -> Json:
         "speedup": group.speedup,
         "meter": _meter(group.speedup, fastest),
         "params_kept": group.params_kept,
-        "errors": " to ".join(dict.fromkeys(low_high)) or words.NONE,
+        "errors": group.error_range.replace("..", " to "),
         "sensitivity": _range([s["sensitivity"] for s in group.sites]),
     }
 

@@ -90,8 +90,9 @@ def _table(
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
     for name in columns:
-        side = "right" if name and name in right.split("|") else "left"
-        table.add_column(Text(name), justify=side, no_wrap=True, overflow="ellipsis")
+        table.add_column(Text(name), no_wrap=True, overflow="ellipsis")
+        if name and name in right.split("|"):
+            table.columns[-1].justify = "right"
     cells = [[c if isinstance(c, Text) else Text(c) for c in row] for row in rows]
     others = zip(*([Text(c) for c in columns], *cells), strict=True)
     widths = [max(c.cell_len for c in column) for column in others][1:]
@@ -99,14 +100,15 @@ def _table(
     for column, needed in zip(table.columns[1:], widths, strict=True):
         column.min_width = min(needed, max(8, (width - 16) // 3))
     for first, *rest in cells:
-        name = Text(shorten(first.plain, room), first.style) if not first.spans else first
-        table.add_row(name, *rest)
+        cut = Text(shorten(first.plain, room), first.style) if not first.spans else first
+        table.add_row(cut, *rest)
     return table
 
 
 def _head(data: Json) -> Iterator[Text | Table]:
     kind = "what could change" if data["kind"] == "inspect" else "rewrite report"
-    yield Text.assemble(("structc ", "bold cyan"), (kind, "cyan"), " · ", (data["model"], "bold"))
+    name = shorten_end(data["model"], 60)
+    yield Text.assemble(("structc ", "bold cyan"), (kind, "cyan"), " · ", (name, "bold"))
     yield Text(f"\n{data['headline']}\n", "bold")
     table = Table.grid(padding=(0, 2))
     for line in view.budget_lines(data):
@@ -115,11 +117,12 @@ def _head(data: Json) -> Iterator[Text | Table]:
         )
         text = Text(f"{line['demand']}: {line['outcome']}")
         table.add_row(Text(line["label"], "dim"), Text(mark, style), text)
-    tier = {"exact": "exact", "approximate": "approximate"}.get(data["tier"], "not decided")
     summary = "; ".join(
         f"{label} {value}{f' ({more})' if more else ''}" for label, value, more in view.tiles(data)
     )
-    table.add_row(Text("tier", "dim"), Text(tier, "cyan"), Text(summary))
+    decided = data["kind"] == "compile"
+    tier = Text(data["tier"] if decided else "found", "cyan")
+    table.add_row(Text("tier" if decided else "so far", "dim"), tier, Text(summary))
     yield table
 
 
@@ -133,7 +136,7 @@ def _end_to_end(data: Json, width: int) -> Iterator[Text | Table]:
         return
     yield _title("End to end", "lower quartile of interleaved rounds")
     slowest = max((r["latency_ms"] or 0.0) for r in data["latency"]) or 1.0
-    rows = []
+    rows: list[list[str | Text]] = []
     for r in data["latency"]:
         name = Text.assemble((r["name"], "bold green" if r["ours"] else ""))
         name.append(" (best dense)" if r["best_dense"] else "", "dim")
@@ -151,7 +154,8 @@ def _time(data: Json, groups: Sequence[view.Group], width: int) -> Iterator[Text
     if not parts:
         return
     after = "could be" if data["kind"] == "inspect" else "after"
-    yield _title("Where the time goes", "share of the dense model's time")
+    more = "; could be: the fastest forms, quality not checked" if after == "could be" else ""
+    yield _title("Where the time goes", f"share of the dense model's time{more}")
     bars = max(8, min(30, width - 66)) / max(*(p.before for p in parts), *(p.after for p in parts))
     rows: list[list[str | Text]] = [
         [p.name, percent(p.before), percent(p.after), _paired(p.before * bars, p.after * bars)]
@@ -183,9 +187,9 @@ def _sites(data: Json, groups: Sequence[view.Group], width: int) -> Iterator[Tex
     rows = []
     for g in kept:
         shape = [g.shape, str(g.rows)] if roomy else []
-        now = f"{number(g.dense_ms)} → {number(g.chosen_ms)}"
+        now = f"{number(g.dense_ms)} → {number(g.chosen_ms)}" if g.dense_ms is not None else NONE
         cells = [g.name, *shape, _choices(g), now]
-        cells += [times(g.speedup), percent(g.params_kept), _errors(g)]
+        cells += [times(g.speedup), percent(g.params_kept), g.error_range]
         rows.append([Text(c, "" if g.changed else "dim") for c in cells])
     columns = ["layer", *(["in → out", "rows"] if roomy else []), word, "ms", "speedup", "params"]
     yield _table([*columns, "error"], rows, width, "rows|ms|speedup|params|error")
@@ -203,14 +207,6 @@ def _choices(group: view.Group) -> str:
     if len(found) == 1:
         return found[0][1]
     return ", ".join(f"{n}x {text}" for _, text, n in found)
-
-
-def _errors(group: view.Group) -> str:
-    found = group.errors
-    if not found:
-        return NONE
-    low, high = number(found[0], 2), number(found[-1], 2)
-    return low if low == high else f"{low}..{high}"
 
 
 def _attention(data: Json, width: int) -> Iterator[Text | Table]:

@@ -9,6 +9,7 @@ from typing import Any
 from structc.report_words import (
     NONE,
     count,
+    error,
     form,
     layer_pattern,
     number,
@@ -78,9 +79,13 @@ class Group:
         return _mean(kept)
 
     @property
-    def errors(self) -> list[float]:
-        """Finite errors of what is shown, smallest first."""
-        return sorted(c["error"] for c in self.shown if c and c["error"] is not None)
+    def error_range(self) -> str:
+        """Smallest and largest error of what is shown."""
+        found = [c for c in self.shown if c]
+        known = sorted(c["error"] for c in found if c["error"] is not None)
+        texts = [number(e, 2) for e in [*known[:1], *known[-1:]]]
+        texts += [error(c) for c in found if c["diverged"]]
+        return "..".join(dict.fromkeys(texts)) or NONE
 
     @property
     def before(self) -> float:

@@ -150,9 +150,12 @@ def _run(first: int, last: int) -> str:
     return f"{first},{last}" if last == first + 1 else f"{first}..{last}"
 
 
+_INDEX = re.compile("[0-9]{1,9}")
+
+
 def shape_of_name(name: str) -> str:
     """The name with its numbers taken out: equal for the same layer of repeated blocks."""
-    return ".".join("#" if p.isdecimal() and p.isascii() else p for p in name.split("."))
+    return ".".join("#" if _INDEX.fullmatch(p) else p for p in name.split("."))
 
 
 def headline(data: Json) -> str:
@@ -178,7 +181,7 @@ def _possible(data: Json) -> str:
     ]
     if not best:
         return f"No structured form is faster than dense at any of {sites}. Nothing was changed."
-    most = f"up to {times(max(best))} at one layer"
+    most = f"up to {times(max(best))} at one layer, quality not checked"
     return f"{len(best)} of {sites} have a faster structured form ({most}). Nothing was changed."
 
 
@@ -187,19 +190,19 @@ def _why_nothing(data: Json) -> str:
     if not summary["sites"]:
         return "the model has no dense linear layer within reach"
     if summary["rolled_back"]:
-        n = count(summary["rolled_back"], "rewritten layer")
-        return f"{n} had to go back to dense before the budget held"
+        back = count(summary["rolled_back"], "rewritten layer")
+        return f"{back} had to go back to dense before the budget held"
     structured = [c for s in data["sites"] for c in s["candidates"] if c["family"] != "dense"]
     if not structured and refusals:
-        code, n = Counter(r["code"] for r in refusals).most_common(1)[0]
+        code, most = Counter(r["code"] for r in refusals).most_common(1)[0]
         total = count(len(refusals), "refusal")
-        return f"every proposal was refused ({total}, {n} of them {code})"
+        return f"every proposal was refused ({total}, {most} of them {code})"
     if not structured:
         return "no structured form was proposed for its layers"
     if not summary["could_be_faster"]:
         return f"none of {count(len(structured), 'candidate')} is faster than the best dense kernel"
-    n = count(summary["could_be_faster"], "layer")
-    return f"the faster forms found for {n} cost more quality than the budget allows"
+    faster = count(summary["could_be_faster"], "layer")
+    return f"the faster forms found for {faster} cost more quality than the budget allows"
 
 
 def _speed(data: Json) -> str:
