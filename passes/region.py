@@ -25,26 +25,38 @@ def call_graph(graph: torch.fx.GraphModule, owner: nn.Module, leaves: list[Any])
     return pytree.tree_unflatten(flat, graph.meta["out_spec"])
 
 
-def view_of(graph: torch.fx.GraphModule, owner: nn.Module) -> torch.fx.GraphModule:
-    """The graph as a module whose parameter, buffer and child tables *are* those of the owner.
+def view_of(
+    module: torch.fx.GraphModule, owner: nn.Module, graph: torch.fx.Graph | None = None
+) -> torch.fx.GraphModule:
+    """A graph as a module whose parameter, buffer and child tables *are* those of the owner.
 
     One owner: whatever is loaded, moved or replaced in the module is what the graph sees next.
-    Constants and subgraphs that export lifted out of the code stay plain attributes of the graph.
+
+    Args:
+        module: the graph, and the constants and subgraphs that export lifted out of the code.
+        graph: a rewritten graph to take in place of the module's own.
     """
-    targets = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
-    held = (Tensor, torch.fx.GraphModule)  # lifted tensors; bodies of autocast and grad blocks
-    constants = {t: v for t in targets if isinstance(v := getattr(graph, t, None), held)}
-    constants = {t: v for t, v in constants.items() if not hasattr(owner, t)}
-    view = torch.fx.GraphModule(
-        {t: constants[t] if t in constants else operator.attrgetter(t)(owner) for t in targets},
-        graph.graph,
-    )
-    view.__dict__.update(constants)
-    view.__dict__["_parameters"] = owner._parameters
-    view.__dict__["_buffers"] = owner._buffers
-    view.__dict__["_modules"] = owner._modules
-    view.meta.update(graph.meta)
+    graph = module.graph if graph is None else graph
+    held = attributes_of(module, owner)
+    targets = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    view = torch.fx.GraphModule({t: operator.attrgetter(t)(held) for t in targets}, graph)
+    view.__dict__.update(held.__dict__)
+    view.meta.update(module.meta)
     return view
+
+
+def attributes_of(module: torch.fx.GraphModule, owner: nn.Module) -> nn.Module:
+    """A bare module with the owner's tables, and the graph's own constants beside them."""
+    held = nn.Module()
+    held.__dict__.clear()
+    for table in ("_parameters", "_buffers", "_modules"):
+        held.__dict__[table] = owner.__dict__[table]
+    for node in module.graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and "." not in name and not hasattr(held, name):
+            # lifted tensors; the bodies of autocast and grad blocks
+            held.__dict__[name] = getattr(module, name)
+    return held
 
 
 class Runner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from torch import nn
 
 from structc.families import AbstractFamily, Dense
 from structc.passes.clone import clone_tree, replace_module
-from structc.passes.region import Runner, install
+from structc.passes.region import Runner, attributes_of, install, view_of
 from structc.records import Captured, LinearSite, Region, Sites
 
 aten = torch.ops.aten
@@ -82,31 +81,20 @@ def _rewrite_graph(
     modules: Mapping[str, AbstractFamily],
     places: Mapping[str, str],
 ) -> torch.fx.GraphModule:
-    graph = copy_graph(region.graph)
-    nodes = {node.name: node for node in graph.graph.nodes}
+    owner = tree.get_submodule(region.path)
+    graph = torch.fx.Graph(owning_module=attributes_of(region.graph, owner))
+    copied: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.output(graph.graph_copy(region.graph.graph, copied))
+    nodes = {old.name: new for old, new in copied.items()}
     for name, module in modules.items():
         site = sites[name]
         place = places[name].removeprefix(f"{region.path}." if region.path else "")
         for ref in site.nodes:
             if ref.region == region.path:
-                replace_linear(graph.graph, nodes[ref.node], module, place, site)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    return graph
-
-
-def copy_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A copy of the graph alone; parameters and constants are those of the given module."""
-    new = torch.fx.Graph()
-    output = new.graph_copy(graph.graph, val_map := {})
-    new.output(output)
-    for old, node in val_map.items():
-        node.meta = dict(old.meta)
-    copied = copy.copy(graph)
-    copied.__dict__["_graph"] = new
-    new.owning_module = copied
-    copied.meta = dict(graph.meta)
-    return copied
+                replace_linear(graph, nodes[ref.node], module, place, site)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return view_of(region.graph, owner, graph)
 
 
 def replace_linear(

@@ -1,1 +1,103 @@
-"""structc: rewrite trained PyTorch models into fast structured forms."""
+"""structc: rewrite trained PyTorch models into fast structured forms.
+
+One call, a budget in, a verified faster model and an explanation out:
+
+    fast = structc.compile(model, example_inputs, calibration=batches,
+                           budget=structc.Budget(metric=quality, max_drop=0.01))
+
+Importing this package loads neither a compiler nor triton nor rich; names are loaded when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from structc.errors import (
+    ArtifactCorrupt,
+    ArtifactMismatch,
+    ArtifactVersion,
+    ArtifactWrite,
+    BudgetNotMet,
+    CacheError,
+    CalibrationError,
+    CaptureError,
+    ConfigError,
+    InternalError,
+    Interrupted,
+    ResumeMismatch,
+    StructcError,
+    UnsupportedModel,
+    VerificationFailed,
+)
+
+if TYPE_CHECKING:
+    from structc import families, metrics
+    from structc.artifact import load
+    from structc.budget import Budget
+    from structc.compiled import CompiledModel
+    from structc.pipeline import compile, compile_, inspect, reset
+    from structc.records import Refusal
+    from structc.report import Report
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Budget": "structc.budget",
+    "CompiledModel": "structc.compiled",
+    "Refusal": "structc.records",
+    "Report": "structc.report",
+    "compile": "structc.pipeline",
+    "compile_": "structc.pipeline",
+    "inspect": "structc.pipeline",
+    "load": "structc.pipeline",
+    "reset": "structc.pipeline",
+}
+_MODULES = ("families", "metrics")
+
+__all__ = [
+    "ArtifactCorrupt",
+    "ArtifactMismatch",
+    "ArtifactVersion",
+    "ArtifactWrite",
+    "Budget",
+    "BudgetNotMet",
+    "CacheError",
+    "CalibrationError",
+    "CaptureError",
+    "CompiledModel",
+    "ConfigError",
+    "InternalError",
+    "Interrupted",
+    "Refusal",
+    "Report",
+    "ResumeMismatch",
+    "StructcError",
+    "UnsupportedModel",
+    "VerificationFailed",
+    "compile",
+    "compile_",
+    "families",
+    "inspect",
+    "load",
+    "metrics",
+    "reset",
+]
+
+logging.getLogger("structc").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"structc.{name}")
+    else:
+        raise AttributeError(f"module 'structc' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

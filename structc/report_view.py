@@ -148,7 +148,7 @@ def choice_text(site: Json, candidate: Json | None) -> str:
         return form(candidate["family"], candidate["hyper"])
     if site["rewritten"]:  # chosen without a candidate that says what it costs
         return form(site["choice"]["family"], site["choice"]["hyper"])
-    return "dense, rolled back" if site["rolled_back"] else "dense"
+    return "dense"
 
 
 def groups(data: Json) -> list[Group]:

@@ -1,0 +1,86 @@
+"""The product: the user's model with fast leaves, and a handle to what was done to it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from structc.records import Plan, Region, Sites
+    from structc.report import Report
+
+
+@dataclass(eq=False)
+class Handle:
+    """What structc knows about a compiled model.
+
+    Attributes:
+        report: what was done and why not more.
+        plan: the decision at each site.
+        sites: from detection.
+        regions: the graphs as exported, before any rewrite.
+        kernels: bindings ``{form, dtype, rows, kernel, config, transposed}`` that the plan uses.
+        runner: ``"graph"``, ``"inductor"`` or ``"modules"``.
+        replaced: for each rewritten site the name of its family module in the product.
+        original: the model that was compiled, as long as somebody else keeps it.
+    """
+
+    report: Report
+    plan: Plan
+    sites: Sites
+    regions: tuple[Region, ...]
+    kernels: tuple[dict[str, Any], ...]
+    runner: str
+    replaced: dict[str, str] = field(default_factory=dict)
+    original: weakref.ref[nn.Module] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return self
+
+
+class CompiledModel(nn.Module):
+    """A compiled model: an instance of the user's own class with four names more.
+
+    ``report``, ``plan``, ``save(path)`` and ``structc``, the :class:`Handle` that holds them. A name
+    that the user's model has already is left to the model; the handle always has all of them.
+    """
+
+    structc: Handle
+    report: Report
+    plan: Plan
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the artifact folder; see :func:`structc.artifact.save`."""
+        from structc.artifact import save
+
+        return save(self, path, overwrite=overwrite)
+
+
+def wrap(tree: nn.Module, handle: Handle) -> CompiledModel:
+    """Give a rewritten tree its names, as a subclass of its own class."""
+    base = type(tree)
+    names: dict[str, Any] = {}
+    for name, value in (
+        ("report", property(lambda self: self.__dict__["_structc_handle"].report)),
+        ("plan", property(lambda self: self.__dict__["_structc_handle"].plan)),
+        ("save", CompiledModel.save),
+        ("structc", property(lambda self: self.__dict__["_structc_handle"])),
+    ):
+        if not hasattr(tree, name):
+            names[name] = value
+    names |= {"__module__": base.__module__, "__doc__": base.__doc__, "forward": base.forward}
+    # CompiledModel comes last in the method order: nothing of the user's model is hidden by it
+    bases = (base,) if issubclass(base, CompiledModel) else (base, CompiledModel)
+    tree.__class__ = type(base)(base.__name__, bases, names)
+    tree.__dict__["_structc_handle"] = handle
+    return tree  # type: ignore[return-value]
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a compiled model, or None for any other."""
+    found = model.__dict__.get("_structc_handle")
+    return found if isinstance(found, Handle) else None
