@@ -54,15 +54,17 @@ def price(
     """
     if effort not in EFFORTS:
         raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    unique = sorted(dict.fromkeys(requests), key=_group)
+    unique = list(dict.fromkeys(requests))
+    if effort == "none":
+        return {request: predict(request) for request in unique}
     prices: dict[Request, Price | Refusal] = {}
-    with Worker() as worker:
+    with Worker() as worker:  # starts when it is first asked: a full database needs none
         session = _Session(worker, effort, seconds)
-        for done, request in enumerate(unique, 1):
-            prices[request] = predict(request) if effort == "none" else session.price(request)
+        for done, request in enumerate(sorted(unique, key=_group), 1):
+            prices[request] = session.price(request)
             if progress is not None:
                 progress(str(request.form), done, len(unique))
-    return {r: prices[r] for r in dict.fromkeys(requests)}
+    return {request: prices[request] for request in unique}
 
 
 def predict(request: Request) -> Price:

@@ -107,7 +107,7 @@ class Measurement:
         return None, []
 
     def _baseline(self, result: Sequence[Timed]) -> Baseline:
-        """The fastest rival of this run; eager PyTorch, which is timed first, among dense kernels."""
+        """The fastest rival of this run; among dense kernels eager PyTorch, timed first."""
         if not self.rivals:
             return "aten", result[0].latency_ms
         ms, name = min((t.latency_ms, c.label) for c, t in zip(self.rivals, result, strict=False))

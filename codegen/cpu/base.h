@@ -26,6 +26,11 @@ static int32_t parallel(int64_t tasks, const Body& body) {
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Ask for floats that will be read soon, one cache line after the other.
+static inline void fetch(const float* from, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Memory of one thread that outlives the call: a fresh allocation would fault in its pages each time.
 struct Scratch {
   float* data = nullptr;

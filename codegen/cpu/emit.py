@@ -105,6 +105,9 @@ def analyse(form: Tile, layout: str) -> Program | Refusal:
 
 def _unserved(program: Program, layout: str) -> Refusal | None:
     first, second = program.first, program.second
+    blocks = [b for b in (first, second) if b is not None]
+    if min(min(b.a, b.b, b.c) for b in blocks) < 1:
+        return _refuse("EMPTY", "a block factor without elements has no emitted kernel")
     if first.d != 1 or (second is not None and second.d != 1):
         return _refuse("STRIDED", "block factors with d > 1 have no emitted kernel")
     if program.permuted and layout == "token":
@@ -148,7 +151,7 @@ def _sentence(spec: Spec) -> str:
         (2, True): "y = shuffle(x W1) W2",
     }[spec.factors, spec.permuted]
     extra = (" + bias" if spec.bias else "") + (f", then {spec.act}" if spec.act else "")
-    return f"{product}{extra}; W block diagonal; float32."
+    return f"{product}{extra}; float32."
 
 
 _SIZES = """\
@@ -227,7 +230,8 @@ _TOKEN_FIRST = """\
   auto first = [&](int64_t t0, int64_t tn, int64_t unit, float* h) {
     const int64_t block = unit / p1.count, p = unit % p1.count;
     brgemm(tn, p1.columns(p), s.c1, n, p1.width(p), middle, false, x + t0 * n + block * s.c1,
-           w1 + (block * p1.padded() + p1.start(p)) * s.c1, h + block * s.b1 + p1.start(p), false);
+           w1 + (block * p1.padded() + p1.start(p)) * s.c1,
+           h + block * s.b1 + p1.start(p), false);
   };
 """
 
@@ -293,7 +297,12 @@ _TOKEN_LOOPS_2 = """\
     if (tn <= 0) return;
     float* h = scratch.get(high * middle);
     for (int64_t unit = 0; unit < units1; ++unit) first(t0, tn, unit, h);
-    for (int64_t unit = 0; unit < units2; ++unit) second(t0, tn, unit, h);
+    // While factor 2 computes from L1 and L2, the next tile of x comes into L2.
+    const int64_t next = least(high, rows - t0 - tn) * n, share = ceil_div(next, units2);
+    for (int64_t unit = 0; unit < units2; ++unit) {
+      fetch(x + (t0 + tn) * n + unit * share, least(share, next - unit * share));
+      second(t0, tn, unit, h);
+    }
   });
 """
 
@@ -338,8 +347,8 @@ struct Units {
 """
 
 _FEATURE_PAD = """\
-  // Tokens of a tile in memory: whole vectors. What lies between the tokens and the end is zero in x
-  // and never reaches y.
+  // Tokens of a tile in memory: whole vectors. What lies between the tokens and the end is zero
+  // in x and never reaches y.
   const int64_t pad = 16 * ceil_div(high, 16);
   // Features as rows: xt[c][t] = x[t0 + t][from + c], from column \"from\" on.
   auto columns = [&](const float* from, int64_t ld, int64_t tn, int64_t many, float* xt) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,42 @@ DEFAULT: dict[str, int | str] = {
 _ARGUMENTS: list[Any] = [ctypes.c_void_p] * 5 + [ctypes.c_int64, ctypes.c_void_p]
 
 
+class Prepared:
+    """Packed copies of the weights at one place of a program, one for each layer that runs it.
+
+    :func:`structc.ops.derived` owns the copies; this remembers where they are, because asking it
+    costs a microsecond a weight, as much as a small product.
+    """
+
+    def __init__(self, tag: str, pack: Callable[[Tensor], Tensor]) -> None:
+        self.tag, self.pack = tag, pack
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor, int]] = {}
+
+    def address(self, weight: Tensor) -> tuple[int, Tensor]:
+        """Where the copy of a weight lies, and the copy, which the caller keeps alive."""
+        if weight.is_inference():  # has no version: packed for this call alone
+            packed = self.pack(weight)
+            return packed.data_ptr(), packed
+        known = self._known.get(id(weight))
+        if (
+            known is not None
+            and known[0]() is weight
+            and known[1] == weight._version
+            and known[2] == weight.data_ptr()
+        ):
+            return known[4], known[3]
+        packed = ops.derived(weight, self.tag, self.pack)
+        name, table = id(weight), self._known
+        gone = weakref.ref(weight, lambda _: table.pop(name, None))
+        table[name] = (gone, weight._version, weight.data_ptr(), packed, packed.data_ptr())
+        return packed.data_ptr(), packed
+
+
 @dataclass(frozen=True, eq=False)
 class TileKernel:
     """``(x (rows, in_features), weights) -> (rows, out_features)``, float32.
 
-    Weights are those of the program in its order; packed copies are derived data.
+    Weights are those of the program in its order.
     """
 
     label: str
@@ -53,7 +85,7 @@ class TileKernel:
     program: Program
     function: Callable[..., int]
     sizes: ctypes.Array[ctypes.c_int64]
-    packs: tuple[tuple[str, Callable[[Tensor], Tensor]], ...]
+    prepared: tuple[Prepared, ...]
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for w in weights:
@@ -65,10 +97,8 @@ class TileKernel:
 
     def into(self, x: Tensor, weights: Sequence[Tensor], y: Tensor) -> None:
         """Write the product to ``y``, contiguous; all of it is written."""
-        packed = [
-            ops.derived(w, tag, make) for w, (tag, make) in zip(weights, self.packs, strict=True)
-        ]
-        at = [p.data_ptr() for p in packed]
+        ready = [p.address(w) for p, w in zip(self.prepared, weights, strict=True)]
+        at = [address for address, _ in ready]
         bias = at.pop() if self.program.bias else 0
         second = at[1] if len(at) == 2 else 0
         failed = self.function(
@@ -128,16 +158,14 @@ def _bind(
     knobs = [int(config[k]) for k in ("tile", "panel1", "panel2", "split")]
     numbers = [first.a, first.b, first.c, last.a, last.b, last.c, *knobs]
     label = f"tile[{config['layout']},{config['tile']}]"
-    packs = _packs(program, config, transposed)
+    prepared = _packs(program, config, transposed)
     sizes = (ctypes.c_int64 * len(numbers))(*numbers)
-    return TileKernel(label, form, program, function, sizes, packs)
+    return TileKernel(label, form, program, function, sizes, prepared)
 
 
-Pack = tuple[str, Callable[[Tensor], Tensor]]
-"""Name and maker of a derived copy of a weight."""
-
-
-def _packs(program: Program, config: Mapping[str, int | str], transposed: bool) -> tuple[Pack, ...]:
+def _packs(
+    program: Program, config: Mapping[str, int | str], transposed: bool
+) -> tuple[Prepared, ...]:
     """How each weight of a program is prepared, once."""
     first, second = program.first, program.second
     if config["layout"] == "feature":
@@ -155,11 +183,11 @@ def _packs(program: Program, config: Mapping[str, int | str], transposed: bool) 
     return tuple(made)
 
 
-def _stored(shape: tuple[int, ...], transposed: bool = False) -> Pack:
+def _stored(shape: tuple[int, ...], transposed: bool = False) -> Prepared:
     def keep(weight: Tensor) -> Tensor:
         return (weight.t() if transposed else weight).reshape(shape).contiguous()
 
-    return f"stored{shape}{transposed}", keep
+    return Prepared(f"stored{shape}{transposed}", keep)
 
 
 def _panels(
@@ -169,7 +197,7 @@ def _panels(
     parts: int = 1,
     order: int = 1,
     transposed: bool = False,
-) -> Pack:
+) -> Prepared:
     """Pack (a, b, c): blocks cut into ``parts``, columns of panels contiguous, (c, panel) each.
 
     ``order`` > 1 brings the inputs of the second factor, stored (rho, kappa), to (kappa, rho).
@@ -187,7 +215,7 @@ def _panels(
         cut = [padded[:, :, i:j].flatten(1) for i, j in itertools.pairwise(edges)]
         return torch.cat(cut, dim=1).contiguous()
 
-    return f"panels{shape}{width},{parts},{order},{transposed}", pack
+    return Prepared(f"panels{shape}{width},{parts},{order},{transposed}", pack)
 
 
 def panel_edges(columns: int, width: int) -> list[int]:
