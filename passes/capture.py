@@ -31,6 +31,7 @@ from structc.records import Call, Captured, DimGuard, Guards, Refusal, Region
 log = logging.getLogger("structc.capture")
 
 UNBOUNDED = 2**31 - 1
+TRACED_BATCH = 4
 
 
 def capture(model: nn.Module, example: Call, *, graphs: bool = True) -> Captured:
@@ -156,7 +157,7 @@ def export_region(
     if reason := _unexportable(example):
         return None, reason
     example = canonical(module, example)
-    traced = _at_least_two(example)
+    traced = _for_tracing(example)
     shapes = ShapesCollection()
     for leaf in pytree.tree_leaves((traced.args, traced.kwargs)):
         if isinstance(leaf, Tensor):
@@ -189,22 +190,28 @@ def _unexportable(example: Call) -> str:
     return ""
 
 
-def is_single(example: Call) -> bool:
-    """Whether the example is one batch of 1, which export sees repeated to 2."""
+def batch_of(example: Call) -> int | None:
+    """The first dimension that all tensors of a call share, if they do."""
     leaves = pytree.tree_leaves((example.args, example.kwargs))
-    tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
-    return bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+    sizes = {t.shape[0] if t.dim() else -1 for t in leaves if isinstance(t, Tensor)}
+    return sizes.pop() if len(sizes) == 1 and -1 not in sizes else None
 
 
-def _at_least_two(example: Call) -> Call:
-    """The example with a batch of 1 repeated to 2: a dimension of 1 would become a constant."""
-    leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
-    if is_single(example):
-        leaves = [
-            t.repeat(2, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) and t.dim() else t
-            for t in leaves
-        ]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+def traced_batch(batch: int) -> int:
+    """The batch that export sees: a dimension of 1 would become a constant, and a large one makes
+    the checks slow."""
+    return min(max(batch, 2), TRACED_BATCH)
+
+
+def _for_tracing(example: Call) -> Call:
+    """The example with its batch repeated or cut to the size that is traced."""
+    batch = batch_of(example)
+    if not batch:
+        return example
+    index = torch.arange(traced_batch(batch)) % batch
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.index_select(0, index.to(t.device)), (example.args, example.kwargs)
+    )
     return Call(args, kwargs)
 
 

@@ -12,7 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from structc.passes.capture import is_single
+from structc.passes.capture import batch_of, traced_batch
 from structc.passes.detect_attention import attention_sites
 from structc.records import Captured, LinearSite, NodeRef, Refusal, Region, Sites
 
@@ -157,7 +157,7 @@ def linear_uses(region: Region) -> Iterator[Use]:
             transposed=transposed,
             source=f"{region.path}:{_source(x).name}",
             activation=_following_activation(node),
-            rows=_rows(x) // (2 if is_single(region.example) else 1),
+            rows=_rows(x, region),
             dtype=weight.dtype,
             shape=(int(n), int(m)),
         )
@@ -223,11 +223,14 @@ def _ndim(node: torch.fx.Node) -> int:
     return -1 if value is None else value.dim()
 
 
-def _rows(x: torch.fx.Node) -> int:
+def _rows(x: torch.fx.Node, region: Region) -> int:
+    """Rows at the example's sizes; the graph knows those of the batch that was traced."""
     value = _value(x)
     assert value is not None
     sizes = [getattr(getattr(s, "node", None), "hint", s) for s in value.shape[:-1]]
-    return math.prod(int(s) for s in sizes)
+    rows = math.prod(int(s) for s in sizes)
+    batch = batch_of(region.example)
+    return rows * batch // traced_batch(batch) if batch else rows
 
 
 def _source(x: torch.fx.Node) -> torch.fx.Node:

@@ -93,8 +93,10 @@ class Runner:
         sizes = bind_sizes(self.region.guards, leaves, spec)
         if sizes is None or _wants_gradient(leaves, self.owner):
             return MISS
-        compiled = self.compiled if min(sizes.values(), default=2) > 1 else None
-        flat = (compiled or self.view)(*leaves)  # Inductor would specialise on a size of 1
+        code = self.view
+        if self.compiled is not None and min(sizes.values(), default=2) > 1:
+            code = self.compiled  # which would compile again for a size of 1
+        flat = code(*leaves)
         return pytree.tree_unflatten(flat, self.out_spec)
 
 

@@ -103,55 +103,61 @@ def _square(candidate: Candidate, sensitivity: Mapping[str, float]) -> float:
 def search(
     table: Table,
     sensitivity: Mapping[str, float],
-    holds: Callable[[Plan], float],
+    loss: Callable[[Plan], float],
     *,
-    threshold: float,
+    allowed: float,
+    power: float,
     params: float = math.inf,
-    evaluations: int = 7,
+    evaluations: int = 8,
 ) -> Plan:
-    """The fastest plan whose measured quality stays at or above a threshold.
+    """The fastest plan whose measured loss of quality stays within a limit.
 
-    The knapsack knows relative output errors, the user's metric is something else: the plans along
-    the trade between error and latency are ordered, and bisection over the allowed error finds the
-    last one that the metric accepts. Bisection assumes that the metric falls as the error grows;
-    where it does not, the plan that is returned has still been measured.
+    The knapsack knows predicted output errors, a budget speaks of something else. Plans along the
+    trade between error and latency are ordered; each measurement says how far the next one may go
+    (the loss grows about as the error to some power), inside a bracket that only shrinks. Whatever
+    the metric does, the plan that is returned has been measured.
 
     Args:
-        holds: the metric of a plan on the selection part; measured at most ``evaluations`` times.
-        threshold: its least value.
+        loss: what a plan loses on the selection part; measured at most ``evaluations`` times.
+        allowed: the largest loss that the budget takes.
+        power: 1 for a loss that is an error itself, 2 for a metric near its best value.
     """
     dense = choose(table, sensitivity, error=0.0)
     assert dense is not None
+    best, points = dense, [PlanPoint(dense.predicted_ms, dense.predicted_error, 0.0)]
     loosest = choose(table, sensitivity, params=params)
-    top = dense.predicted_error if loosest is None else loosest.predicted_error
-    best, points = dense, [PlanPoint(dense.predicted_ms, dense.predicted_error, None)]
-    if top <= 0:
-        return replace(best, points=tuple(points))
-    low, high = 0.0, math.log(top)
-    low = high - math.log(1000.0)
-    seen: dict[tuple[tuple[str, str], ...], float] = {}
-    at = high - math.log(4.0)  # most budgets of about 1 % end here or below
+    top = 0.0 if loosest is None else loosest.predicted_error
+    low, high = 0.0, top * 1.001
+    at = min(high, allowed if power == 1 else 3.0 * allowed**0.5)
+    tried: set[str] = set()
     for _ in range(evaluations):
-        plan = choose(table, sensitivity, error=math.exp(at), params=params)
-        if plan is None:
-            low = at
-            at = (low + high) / 2
-            continue
-        key = tuple(sorted((s, f"{c.family}{sorted(c.hyper.items())}") for s, c in plan.choices.items()))
-        if key not in seen:
-            seen[key] = holds(plan)
-            points.append(PlanPoint(plan.predicted_ms, plan.predicted_error, seen[key]))
-        if seen[key] >= threshold:
-            low = at
-            if plan.predicted_ms < best.predicted_ms:
+        plan = choose(table, sensitivity, error=at, params=params) if at > 0 else None
+        key = str(plan and sorted((s, str(c)) for s, c in plan.choices.items()))
+        if plan is None or key in tried:
+            break
+        tried.add(key)
+        value = loss(plan)
+        points.append(PlanPoint(plan.predicted_ms, plan.predicted_error, value))
+        if value <= allowed:
+            low = max(low, at)
+            if plan.predicted_ms <= best.predicted_ms:
                 best = plan
         else:
-            high = at
-        if high - low < 0.03:
+            high = min(high, at)
+        if at >= top or high < 1.02 * low:
             break
-        at = (low + high) / 2
-    marked = tuple(
-        replace(p, chosen=abs(p.latency_ms - best.predicted_ms) < 1e-12) for p in points
-    )
-    return replace(best, points=marked)
+        at = _next_error(plan.predicted_error, value, allowed, power, low, high)
+    marked = (replace(p, chosen=p.latency_ms == best.predicted_ms) for p in points)
+    return replace(best, points=tuple(marked))
 
+
+def _next_error(
+    error: float, value: float, allowed: float, power: float, low: float, high: float
+) -> float:
+    """Where the loss should reach its limit, kept well inside the bracket."""
+    ratio = (allowed / value) ** (1 / power) if value > 0 and math.isfinite(value) else 2.0
+    guess = 0.98 * error * min(max(ratio, 0.25), 4.0)
+    if low > 0:
+        inner = (high / low) ** 0.1
+        return min(max(guess, low * inner), high / inner)
+    return min(guess, 0.9 * high if guess < high else high)

@@ -36,6 +36,8 @@ log = logging.getLogger("structc.trial")
 
 PROBE_ROWS = 8
 """Items of a batch that sensitivities are measured on."""
+EVALUATIONS = 8
+"""Plans that selection measures."""
 EXACT_KERNELS = ("aten", "reference")
 """Dense kernels that PyTorch itself would use: such a site is left as it is."""
 
@@ -133,34 +135,38 @@ def select_plan(lab: Lab, table: Table, progress: Progress) -> Plan:
 
     def measured(plan: Plan) -> float:
         count[0] += 1
-        progress("select", count[0], 8)
-        key = f"metric-{sorted((s, c.family, *sorted(c.hyper.items())) for s, c in plan.choices.items())}"
-        known = lab.work.get(key)
+        progress("select", count[0], EVALUATIONS)
+        choices = sorted((s, c.family, *sorted(c.hyper.items())) for s, c in plan.choices.items())
+        known = lab.work.get(f"loss-{choices}")
         if known is None:
-            known = _measure(lab, table, plan)
-            lab.work.put(key, known)
+            known = _loss(lab, table, plan)
+            lab.work.put(f"loss-{choices}", known)
         return float(known)
 
-    if budget.max_drop is not None:
-        assert lab.quality is not None
-        limit = V.threshold(lab.quality.dense["select"], float(budget.max_drop))
+    if lab.quality is not None:
+        dense = lab.quality.dense["select"]
+        allowed = dense - V.threshold(dense, float(budget.max_drop or 0.0))
     else:
-        limit = -float(budget.error)  # type: ignore[arg-type]
-    plan = search(table, sensitivity, measured, threshold=limit, params=params)
-    progress("select", 8, 8)
+        allowed = float(budget.error or 0.0)
+    plan = search(
+        table,
+        sensitivity,
+        measured,
+        allowed=allowed,
+        power=1 if lab.quality is None else 2,
+        params=params,
+        evaluations=EVALUATIONS,
+    )
+    progress("select", EVALUATIONS, EVALUATIONS)
     return plan
 
 
-def _measure(lab: Lab, table: Table, plan: Plan) -> float:
+def _loss(lab: Lab, table: Table, plan: Plan) -> float:
+    """What a plan loses on the selection part: metric, or relative output error."""
     product = lab.product(plan, table)
     if lab.quality is None:
-        return -lab.error(product, "select")
-    try:
-        value = lab.quality.value(product.tree, "select")
-    except Exception as e:  # a user's metric may reject a model; that plan is then not taken
-        log.warning("the metric failed on a plan: %s: %s", type(e).__name__, e)
-        return -math.inf
-    return value if math.isfinite(value) else -math.inf
+        return lab.error(product, "select")
+    return lab.quality.dense["select"] - _metric(lab, product, "select")
 
 
 def _demanded(
@@ -238,7 +244,7 @@ def verify_product(
         error = lab.error(product, "verify")
         metric = dense = None
         if lab.quality is not None:
-            metric, dense = _metric(lab, product), lab.quality.dense["verify"]
+            metric, dense = _metric(lab, product, "verify"), lab.quality.dense["verify"]
         held = V.holds(budget, error, tolerance, metric, dense)
         if held or not product.replaced:
             break
@@ -266,12 +272,13 @@ def verify_product(
     return product, plan, verification
 
 
-def _metric(lab: Lab, product: Product) -> float:
+def _metric(lab: Lab, product: Product, part: str) -> float:
+    """The metric of a product; a metric that fails or is not finite rejects it."""
     assert lab.quality is not None
     try:
-        value = lab.quality.value(product.tree, "verify")
+        value = lab.quality.value(product.tree, part)
     except Exception as e:
-        log.warning("the metric failed on the product: %s: %s", type(e).__name__, e)
+        log.warning("the metric failed: %s: %s", type(e).__name__, e)
         return -math.inf
     return value if math.isfinite(value) else -math.inf
 

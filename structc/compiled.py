@@ -49,9 +49,10 @@ class CompiledModel(nn.Module):
     that the user's model has already is left to the model; the handle always has all of them.
     """
 
-    structc: Handle
-    report: Report
-    plan: Plan
+    if TYPE_CHECKING:  # given to each product by wrap(), where its own names leave room
+        structc: Handle
+        report: Report
+        plan: Plan
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the artifact folder; see :func:`structc.artifact.save`."""
