@@ -56,9 +56,7 @@ def capture(model: nn.Module, example: Call, *, graphs: bool = True) -> Captured
         return Captured(tree, example, (region,), None, rows, ())
     refusals = [Refusal("", "capture", "EXPORT", f"the whole model does not export: {reason}")]
     regions = list(_partial_regions(tree, calls, refusals))
-    return Captured(
-        tree, example, tuple(regions), _analysis(tree, example), rows, tuple(refusals)
-    )
+    return Captured(tree, example, tuple(regions), _analysis(tree, example), rows, tuple(refusals))
 
 
 def check_supported(model: object) -> None:
@@ -104,8 +102,11 @@ def record_calls(tree: nn.Module, example: Call) -> tuple[dict[str, Call], dict[
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.setdefault(name, Call(args, dict(kwargs)))
-            if args and isinstance(args[0], Tensor) and args[0].dim() and not any(
-                True for _ in module.children()
+            if (
+                args
+                and isinstance(args[0], Tensor)
+                and args[0].dim()
+                and not any(True for _ in module.children())
             ):
                 count = math.prod(args[0].shape[:-1])
                 rows[name] = max(rows.get(name, 0), count)
@@ -146,9 +147,7 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------------------- one export
 
 
-def export_region(
-    module: nn.Module, path: str, example: Call
-) -> tuple[Region | None, str]:
+def export_region(module: nn.Module, path: str, example: Call) -> tuple[Region | None, str]:
     """Export one module with every dimension dynamic, and check the graph at further sizes.
 
     Returns:
@@ -247,7 +246,9 @@ def _guards(program: Any, graph: torch.fx.GraphModule, traced: Call) -> Guards:
             # and a graph must not run where the model would broadcast or fail
             name = tied.setdefault((at, leaf.shape[at]), str(expr))
             bounds = program.range_constraints.get(expr)
-            low, high = (2, UNBOUNDED) if bounds is None else (_int(bounds.lower), _int(bounds.upper))
+            low, high = (
+                (2, UNBOUNDED) if bounds is None else (_int(bounds.lower), _int(bounds.upper))
+            )
             seen = ranges.get(name, (0, UNBOUNDED))
             ranges[name] = max(seen[0], low), min(seen[1], high)
             dims.append(name)

@@ -17,7 +17,13 @@ from structc.passes.detect_attention import attention_sites
 from structc.records import Captured, LinearSite, NodeRef, Refusal, Region, Sites
 
 aten = torch.ops.aten
-_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default, aten.numpy_T.default)
+_TRANSPOSES = (
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.mT.default,
+    aten.numpy_T.default,
+)
 _SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
 _ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.relu_.default: "relu"}
 

@@ -57,9 +57,7 @@ def attention_sites(region: Region, captured: Captured) -> Iterator[AttentionSit
 def _fused(
     node: torch.fx.Node, region: Region, captured: Captured, masks: dict[torch.fx.Node, str]
 ) -> AttentionSite:
-    args = dict(
-        zip(("q", "k", "v", "attn_mask", "dropout", "is_causal"), node.args, strict=False)
-    )
+    args = dict(zip(("q", "k", "v", "attn_mask", "dropout", "is_causal"), node.args, strict=False))
     args |= node.kwargs
     q, k = args["q"], args["k"]
     mask = args.get("attn_mask")
@@ -97,9 +95,9 @@ def _spelled_out(
             scale = float(rest)
         elif scores.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(rest, (int, float)):
             scale = 1.0 / float(rest)
-        elif scores.target is aten.add.Tensor and isinstance(rest, torch.fx.Node):
-            mask = rest
-        elif scores.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        elif (
+            scores.target is aten.add.Tensor and isinstance(rest, torch.fx.Node)
+        ) or scores.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
             mask = rest
         scores = scores.args[0]
     product = softmax
@@ -155,7 +153,9 @@ def _kv_heads(k: Any) -> int:
         if not isinstance(node, torch.fx.Node) or node.op != "call_function":
             break
         if node.target is aten.expand.default:
-            value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
+            value = (
+                node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
+            )
             if isinstance(value, Tensor) and value.dim() == 5:
                 return int(value.shape[1])
             break

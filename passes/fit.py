@@ -103,9 +103,7 @@ def materialise(
     A structured module's bias takes up what the approximation does to the mean input,
     ``b' = b + (W - M) E[x]``: exact, and never worse.
     """
-    old = (
-        None if site.bias is None else operator.attrgetter(site.bias)(captured.tree)
-    )
+    old = None if site.bias is None else operator.attrgetter(site.bias)(captured.tree)
     if family == Dense.name:
         parameter = operator.attrgetter(site.weight)(captured.tree)
         dense = Dense(parameter, transposed=site.transposed)

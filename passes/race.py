@@ -73,9 +73,7 @@ def set_way(product: Product, way: str, compiled: Any = None) -> None:
         runner.compiled = compiled if way == "inductor" and runner.region.path == "" else None
 
 
-def _way(
-    product: Product, example: Call, *, active: bool, compiled: Any
-) -> Callable[[], object]:
+def _way(product: Product, example: Call, *, active: bool, compiled: Any) -> Callable[[], object]:
     call = _caller(product.tree, example)
 
     def timed() -> object:
@@ -122,4 +120,3 @@ def _caller(model: nn.Module, example: Call) -> Callable[[], object]:
             return model(*example.args, **example.kwargs)
 
     return call
-

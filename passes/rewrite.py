@@ -35,9 +35,7 @@ class Product:
     replaced: Mapping[str, AbstractFamily]
 
 
-def rewrite(
-    captured: Captured, sites: Sites, modules: Mapping[str, AbstractFamily]
-) -> Product:
+def rewrite(captured: Captured, sites: Sites, modules: Mapping[str, AbstractFamily]) -> Product:
     """Put family modules in the place of sites, in a fresh clone and in copies of the graphs.
 
     rewrite:      linear(x, W, b) [-> act]  -->  structc::tile(x, factors, program with bias, act)
@@ -140,4 +138,3 @@ def _activation_node(node: torch.fx.Node) -> torch.fx.Node | None:
         if node.target not in (aten.view.default, aten.reshape.default):
             return None
     return None
-

@@ -16,8 +16,8 @@ from structc.families import AbstractFamily, Dense
 from structc.passes import verify as V
 from structc.passes.calibrate import Parts
 from structc.passes.fit import materialise
-from structc.passes.rewrite import Product, rewrite
 from structc.passes.race import race
+from structc.passes.rewrite import Product, rewrite
 from structc.passes.select import Table, choose, dense_of, plan_of, search
 from structc.records import (
     Call,
@@ -79,7 +79,9 @@ class Lab:
             self._modules[key] = made
         return self._modules[key]
 
-    def product(self, plan: Plan, table: Table, untouched: frozenset[str] | set[str] = frozenset()) -> Product:
+    def product(
+        self, plan: Plan, table: Table, untouched: frozenset[str] | set[str] = frozenset()
+    ) -> Product:
         """The rewritten model of a plan. Dense sites whose best kernel is PyTorch's stay.
 
         Args:
@@ -196,9 +198,7 @@ def sensitivities(lab: Lab, table: Table, progress: Progress) -> dict[str, float
         progress("sensitivity", at, len(names))
         known = lab.work.get(f"sensitivity-{name}")
         if known is None:
-            structured = sorted(
-                (c for c in table[name] if 0 < c.error < 1), key=lambda c: c.error
-            )
+            structured = sorted((c for c in table[name] if 0 < c.error < 1), key=lambda c: c.error)
             if not structured:
                 continue
             middle = structured[len(structured) // 2]
@@ -306,15 +306,11 @@ def chosen_of(plan: Plan, table: Table, site: str) -> Candidate:
     """The candidate that a plan takes at a site."""
     choice = plan.choices[site]
     return next(
-        c
-        for c in table[site]
-        if c.family == choice.family and dict(c.hyper) == dict(choice.hyper)
+        c for c in table[site] if c.family == choice.family and dict(c.hyper) == dict(choice.hyper)
     )
 
 
 def _rolled_back(plan: Plan, table: Table, sites: Sequence[str]) -> Plan:
-    chosen = [
-        dense_of(table[s]) if s in sites else chosen_of(plan, table, s) for s in plan.choices
-    ]
+    chosen = [dense_of(table[s]) if s in sites else chosen_of(plan, table, s) for s in plan.choices]
     new = plan_of(chosen, table, plan.sensitivities, plan.notes)
     return replace(new, points=plan.points)

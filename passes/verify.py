@@ -64,8 +64,12 @@ def quality_for(
         return _agreement(metric, model, select, verify)
     parameters = [p for p in _signature(metric) if p.default is p.empty]
     two = len(parameters) >= 2
-    notes = () if two else (
-        "the metric takes no part of its data to use: selection and verification saw the same data",
+    notes = (
+        ()
+        if two
+        else (
+            "the metric takes no part of its data to use: selection and verification saw the same data",
+        )
     )
 
     def value(candidate: nn.Module, part: str) -> float:
@@ -161,14 +165,13 @@ def threshold(dense: float, max_drop: float) -> float:
     return dense - max_drop * abs(dense)
 
 
-def rollback_order(
-    plan_errors: Mapping[str, float], saved_ms: Mapping[str, float]
-) -> list[str]:
+def rollback_order(plan_errors: Mapping[str, float], saved_ms: Mapping[str, float]) -> list[str]:
     """Sites in the order in which they go back: most squared error for the least time saved.
 
     >>> rollback_order({"a": 0.1, "b": 0.2, "c": 0.1}, {"a": 1.0, "b": 1.0, "c": 0.5})
     ['b', 'c', 'a']
     """
+
     def harm(site: str) -> float:
         return plan_errors[site] ** 2 / max(saved_ms.get(site, 0.0), 1e-9)
 
@@ -216,4 +219,3 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
         return model(*args, **kwargs)
 
     return forward
-

@@ -226,9 +226,7 @@ def reset() -> None:
 # ---------------------------------------------------------------------------- the stages
 
 
-def _convert(
-    model: nn.Module, example: Call, calibration: Any, options: Options
-) -> CompiledModel:
+def _convert(model: nn.Module, example: Call, calibration: Any, options: Options) -> CompiledModel:
     notes, modes = Log(), [(m, m.training) for m in model.modules()]
     if any(training for _, training in modes):
         notes.notes.append("the model was in train mode: it was compiled as in eval mode")
@@ -278,9 +276,7 @@ def _stages(
         )
     notes.notes += [*plan.notes, *verification.notes]
     notes.refusals += captured.refusals
-    report = _report(
-        model, sites, shares, profile, table, plan, verification, options, notes
-    )
+    report = _report(model, sites, shares, profile, table, plan, verification, options, notes)
     handle = Handle(
         report,
         plan,
@@ -405,18 +401,14 @@ def _worth_fitting(
     return proposals
 
 
-def _priced_only(
-    site: LinearSite, prices: Prices, options: Options, notes: Log
-) -> list[Candidate]:
+def _priced_only(site: LinearSite, prices: Prices, options: Options, notes: Log) -> list[Candidate]:
     """Candidates without errors, for ``inspect``."""
     out = []
     for (name, family, hyper), (request, price) in prices.items():
         if name == site.name:
             error = 0.0 if family == Dense.name else float("nan")
             form = request.form
-            out.append(
-                Candidate(name, family, dict(hyper), form.params, form.flops, error, price)
-            )
+            out.append(Candidate(name, family, dict(hyper), form.params, form.flops, error, price))
     return out
 
 
@@ -505,9 +497,7 @@ def _forced(site: LinearSite, options: Options) -> tuple[bool, Any] | None:
     return None
 
 
-def _proposals(
-    site: LinearSite, options: Options
-) -> Iterator[tuple[str, Mapping[str, int]]]:
+def _proposals(site: LinearSite, options: Options) -> Iterator[tuple[str, Mapping[str, int]]]:
     """Families and hyper-parameters to price at a site; dense is always the first."""
     yield Dense.name, {}
     if options.budget.exact:
@@ -524,9 +514,7 @@ def _proposals(
             yield family.name, hyper
 
 
-def _forced_proposals(
-    site: LinearSite, choice: Any
-) -> Iterator[tuple[str, Mapping[str, int]]]:
+def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapping[str, int]]]:
     """A choice from ``config``: a family's name, or a dict with ``family`` and hyper-parameters."""
     asked = {"family": choice} if isinstance(choice, str) else dict(choice)
     name = asked.pop("family", None)
@@ -600,9 +588,7 @@ def _check_demands(
             )
 
 
-def _chosen(
-    candidates: Sequence[Candidate], family: str, hyper: Mapping[str, int]
-) -> Candidate:
+def _chosen(candidates: Sequence[Candidate], family: str, hyper: Mapping[str, int]) -> Candidate:
     return next(c for c in candidates if c.family == family and dict(c.hyper) == dict(hyper))
 
 

@@ -434,7 +434,7 @@ def test_terminal_colours_on_request() -> None:
 
 
 def test_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from structc.report_text import to_text
+    from structc.report.text import to_text
 
     assert to_text(build().to_dict(), 100, "ascii").isascii()
 

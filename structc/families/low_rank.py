@@ -82,9 +82,7 @@ class LowRank(AbstractStructured):
         return cls((basis.mT @ w).to(weight.dtype), basis.to(weight.dtype).contiguous())
 
     @classmethod
-    def curve(
-        cls, weight: Tensor, gram: Tensor | None, ranks: Sequence[int]
-    ) -> list[float]:
+    def curve(cls, weight: Tensor, gram: Tensor | None, ranks: Sequence[int]) -> list[float]:
         """Relative output error of several ranks from one eigendecomposition."""
         w = weight.detach().double()
         energy = _basis(w, None if gram is None else gram.double())[1].clamp_min(0).flip(0)

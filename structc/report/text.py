@@ -13,8 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from structc import report_view as view
-from structc.report_words import NONE, clean, count, ms, number, percent, times
+from structc.report import view as view
+from structc.report.words import NONE, clean, count, ms, number, percent, times
 
 Json = dict[str, Any]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from structc.report_view import Group, Slice
-from structc.report_words import form, ms, number, percent, times
+from structc.report.view import Group, Slice
+from structc.report.words import form, ms, number, percent, times
 
 Json = dict[str, Any]
 

@@ -19,10 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from structc import report_data as collect
-from structc import report_schema as schema
 from structc.errors import ArtifactWrite, ConfigError
-from structc.report_words import headline
+from structc.report import data as collect
+from structc.report import schema as schema
+from structc.report.words import headline
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -66,7 +66,7 @@ class Report:
 
     def to_html(self) -> str:
         """One HTML page that loads nothing from elsewhere."""
-        from structc.report_html import render
+        from structc.report.html import render
 
         return render(self.to_dict())
 
@@ -94,12 +94,12 @@ class Report:
         console.print(self.__rich__())
 
     def __rich__(self) -> RenderableType:
-        from structc.report_text import ReportText
+        from structc.report.text import ReportText
 
         return ReportText(self.to_dict())
 
     def __str__(self) -> str:
-        from structc.report_text import to_text
+        from structc.report.text import to_text
 
         return to_text(self.to_dict())
 
@@ -107,12 +107,12 @@ class Report:
         return f"<Report of {self.data['model']!r}: {self.headline}>"
 
     def _text_file(self) -> str:
-        from structc.report_text import to_text
+        from structc.report.text import to_text
 
         return to_text(self.to_dict(), width=100, encoding="utf-8") + "\n"
 
     def _repr_html_(self) -> str:
-        from structc.report_html import frame
+        from structc.report.html import frame
 
         return frame(self.to_html())
 

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from structc import report_plots as plots
-from structc import report_view as view
-from structc import report_words as words
+from structc.report import plots as plots
+from structc.report import view as view
+from structc.report import words as words
 
 Json = dict[str, Any]
 

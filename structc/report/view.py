@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from structc.report_words import (
+from structc.report.words import (
     NONE,
     count,
     error,
