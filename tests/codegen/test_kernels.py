@@ -1,0 +1,206 @@
+"""Every emitted kernel against the float64 reference: layouts, shapes, epilogues, threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from structc import ops
+from structc.codegen import lower
+from structc.codegen.cpu import tile
+from structc.forms import Act, Bias, Block, Permute, Step, Tile
+from structc.numerics import relative_error
+from structc.records import Refusal
+
+TOLERANCE = 1e-6
+
+
+def low_rank(n: int, m: int, r: int) -> tuple[Step, ...]:
+    return Block(1, r, n, 1), Block(1, m, r, 1)
+
+
+def monarch(k: int, i: int, j: int, l: int, r: int) -> tuple[Step, ...]:
+    return Block(k, j * r, i, 1), Permute(k, j * r), Block(j, l, r * k, 1)
+
+
+SHAPES: dict[str, tuple[Step, ...]] = {
+    "dense-1-1": (Block(1, 1, 1, 1),),
+    "dense-51-37": (Block(1, 37, 51, 1),),
+    "dense-384-100": (Block(1, 100, 384, 1),),
+    "lowrank-384-384-96": low_rank(384, 384, 96),
+    "lowrank-127-211-13": low_rank(127, 211, 13),
+    "lowrank-1-5-1": low_rank(1, 5, 1),
+    "lowrank-5-1-3": low_rank(5, 1, 3),
+    "lowrank-64-1030-17": low_rank(64, 1030, 17),
+    "blockdiag-7-5-129": (Block(7, 129, 5, 1),),
+    "blockdiag-200-1-1": (Block(200, 1, 1, 1),),
+    "twoblockdiag-4": (Block(4, 64, 96, 1), Block(4, 96, 64, 1)),
+    "monarch-4x96-4x96-16": monarch(4, 96, 4, 96, 16),
+    "monarch-32x32-rank1": monarch(32, 32, 32, 32, 1),
+    "monarch-3x7-2x19-5": monarch(3, 7, 2, 19, 5),
+    "monarch-1x9-5x3-2": monarch(1, 9, 5, 3, 2),
+    "monarch-5x3-1x11-2": monarch(5, 3, 1, 11, 2),
+}
+ROWS = (1, 2, 15, 16, 17, 37, 64, 129, 301)
+LAYOUTS = ("token", "feature")
+
+
+def check(form: Tile, config: dict[str, int | str], rows: int) -> None:
+    """Into a NaN-filled output between guard bands, against the float64 reference."""
+    kernel = tile.make(form, config)
+    assert not isinstance(kernel, Refusal), kernel.reason
+    x, weights = tile.sample(form, rows)
+    memory = torch.full((rows * form.out_features + 64,), 7.5)
+    y = memory[32:-32].fill_(float("nan")).view(rows, -1)
+    kernel.into(x, weights, y)
+    expected = ops.tile_reference(x.double(), [w.double() for w in weights], str(form))
+    assert relative_error(y, expected) < TOLERANCE
+    assert (memory[:32] == 7.5).all() and (memory[-32:] == 7.5).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_matches_reference(shape: str, layout: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    form = Tile(SHAPES[shape])
+    for rows in ROWS:
+        for config in ({"tile": 64}, {"tile": 16, "split": 1, "panel1": 64, "panel2": 32}):
+            check(form, {"layout": layout, **config}, rows)
+
+
+@pytest.mark.parametrize("height", [1, 7, 16, 48, 128, 4096])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_tile_height(layout: str, height: int) -> None:
+    form = Tile((*monarch(4, 24, 4, 24, 16), Bias(96)))
+    for split in (0, 1):
+        check(form, {"layout": layout, "tile": height, "split": split}, 131)
+
+
+@pytest.mark.parametrize("act", ["", "gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_epilogues(layout: str, bias: bool, act: str) -> None:
+    for steps in (low_rank(33, 47, 9), (Block(3, 11, 7, 1),)):
+        form = Tile(steps)
+        form = form.then(Bias(form.out_features)) if bias else form
+        form = form.then(Act(act, form.out_features)) if act else form
+        check(form, {"layout": layout, "tile": 32}, 75)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_activation_values(act: str) -> None:
+    """Through an identity: accurate near 0 and far out, NaN stays NaN, infinity stays infinite."""
+    form = Tile((Block(1, 1, 1, 1), Act(act, 1)))
+    kernel = tile.make(form, {})
+    assert not isinstance(kernel, Refusal)
+    one = [torch.ones(1, 1, 1, 1)]
+    x = torch.cat([torch.linspace(-30, 30, 60001), torch.logspace(-30, 4, 500)])
+    x = torch.cat([x, -x])[:, None]
+    expected = ops.tile_reference(x.double(), [one[0].double()], str(form))
+    gap = (kernel(x, one).double() - expected).abs()
+    assert (gap <= 3e-7 + 3e-7 * expected.abs()).all()
+    small = x.abs() < 1e-3
+    assert (gap[small] <= 1e-6 * x[small].abs().double()).all()
+    odd = kernel(torch.tensor([[float("nan")], [float("inf")], [3e38], [-3e38]]), one)
+    assert odd[0].isnan() and odd[1] == float("inf") and odd[2] == 3e38
+    assert odd[3].abs() < 1e-6
+
+
+def test_nan_rows_stay_alone() -> None:
+    """A NaN in one token reaches that token's outputs and no other's."""
+    for layout in LAYOUTS:
+        form = Tile((*monarch(4, 24, 4, 24, 16), Bias(96), Act("gelu", 96)))
+        kernel = tile.make(form, {"layout": layout})
+        assert not isinstance(kernel, Refusal)
+        x, weights = tile.sample(form, 70)
+        x[33, 5] = float("nan")
+        y = kernel(x, weights)
+        bad = y.isnan().any(dim=1)
+        assert bad[33] and int(bad.sum()) == 1
+
+
+def test_operator_runs_the_kernel_on_strided_inputs() -> None:
+    form = Tile((*low_rank(96, 64, 24), Bias(64)))
+    assert lower.bind(form, torch.float32, 4096, "tile[token,64]", {"tile": 64}) is None
+    x, weights = tile.sample(form, 3 * 5)
+    for view in (
+        x.view(3, 5, 96),
+        x.view(3, 5, 96).transpose(0, 1),
+        torch.cat([x, x], dim=1)[:, ::2].repeat(1, 1),
+        x.t().contiguous().t(),
+    ):
+        (y,) = torch.ops.structc.tile([view], weights, str(form))
+        expected = ops.tile_reference(view.double(), [w.double() for w in weights], str(form))
+        assert relative_error(y, expected) < TOLERANCE
+
+
+def test_weight_updates_reach_the_kernel() -> None:
+    """Packed copies follow in-place changes, and other weights of the same shape have their own."""
+    form = Tile(low_rank(32, 32, 16))
+    kernel = tile.make(form, {})
+    assert not isinstance(kernel, Refusal)
+    x, weights = tile.sample(form, 9)
+    for _ in range(3):
+        with torch.no_grad():
+            weights[0].mul_(1.5)
+        assert relative_error(kernel(x, weights), ops.tile_reference(x, weights, str(form))) < 1e-5
+        _, others = tile.sample(form, 9, seed=5)
+        assert relative_error(kernel(x, others), ops.tile_reference(x, others, str(form))) < 1e-5
+
+
+def test_weights_of_another_dtype_run_the_reference() -> None:
+    form = Tile(low_rank(8, 8, 4))
+    kernel = tile.make(form, {})
+    assert not isinstance(kernel, Refusal)
+    x, weights = tile.sample(form, 3)
+    with pytest.raises(RuntimeError):  # as the reference does: dtypes do not mix
+        kernel(x, [w.double() for w in weights])
+
+
+def test_inference_weights() -> None:
+    form = Tile(low_rank(8, 8, 4))
+    kernel = tile.make(form, {})
+    assert not isinstance(kernel, Refusal)
+    with torch.inference_mode():
+        x, weights = tile.sample(form, 3)
+        assert relative_error(kernel(x, weights), ops.tile_reference(x, weights, str(form))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "block(2,3,4,2)",
+        "permute(2,3) block(1,4,6,1)",
+        "block(1,4,4,1) block(1,4,4,1) block(1,4,4,1)",
+        "block(1,4,4,1) act(relu,4) block(1,4,4,1)",
+        "act(relu,4)",
+        "bias(4) act(relu,4)",
+    ],
+)
+def test_other_programs_are_refused(text: str) -> None:
+    refusal = tile.make(Tile.parse(text), {})
+    assert isinstance(refusal, Refusal) and refusal.reason
+
+
+def test_token_layout_needs_whole_parts() -> None:
+    form = Tile.parse("block(4,6,5,1) permute(4,6) block(8,7,3,1)")
+    refusal = tile.make(form, {"layout": "token"})
+    assert isinstance(refusal, Refusal) and refusal.code == "SPLIT"
+    check(form, {"layout": "feature"}, 37)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"tile": 0}, {"panel1": 40}, {"layout": "other"}, {"speed": 3}, {"tile": "64"}, {"split": 2}],
+)
+def test_configs_from_outside_are_checked(config: dict[str, int | str]) -> None:
+    refusal = tile.make(Tile(low_rank(8, 8, 4)), config)
+    assert isinstance(refusal, Refusal) and refusal.code == "CONFIG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_shapes(layout: str) -> None:
+    check(Tile((*low_rank(1536, 384, 153), Bias(384))), {"layout": layout}, 4097)
+    check(Tile(monarch(32, 64, 32, 64, 2)), {"layout": layout}, 1025)
