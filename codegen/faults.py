@@ -15,16 +15,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from structc import ops
 from structc.forms import Form
 
-KINDS = ("hang", "crash", "exit", "wrong", "nan", "overrun")
+CHECK_CALLS = 2
+"""How often a kernel is called before it is timed."""
+KINDS = ("hang", "crash", "exit", "wrong", "nan", "overrun", "late_crash", "late_hang")
 
 
 class FaultyKernel:
     """A kernel of one of the :data:`KINDS`."""
 
     def __init__(self, kind: str, form: Form) -> None:
-        self.kind, self.form = kind, form
+        self.kind, self.form, self.text = kind, form, str(form)
+        self.calls = 0
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         y = torch.empty(x.shape[0], self.form.out_features, dtype=x.dtype)
@@ -33,8 +37,16 @@ class FaultyKernel:
 
     def into(self, x: Tensor, weights: Sequence[Tensor], y: Tensor) -> None:
         """Write ``y``, or do what the kind says."""
-        y.zero_()
-        match self.kind:
+        self.calls += 1
+        kind = self.kind
+        if kind.startswith("late_"):  # right when checked, wrong when timed
+            late = self.calls > CHECK_CALLS
+            kind = kind.removeprefix("late_") if late else ""
+            reference = ops.tile_reference(x.double(), [w.double() for w in weights], self.text)
+            y.copy_(reference)
+        else:
+            y.zero_()
+        match kind:
             case "hang":
                 time.sleep(3600)
             case "crash":

@@ -74,7 +74,8 @@ class Measurement:
         """Why nothing was chosen."""
         if self.refused:
             return self.refused[0][1]
-        return Refusal("", "tile", "UNSERVED", f"no kernel serves {self.request.form}")
+        what = f"{self.request.form} in {self.request.dtype}"
+        return Refusal("", "tile", "UNSERVED", f"no emitted kernel serves {what}")
 
     def _check(self, contenders: Sequence[Contender]) -> Able:
         able: Able = []

@@ -1,0 +1,192 @@
+"""Pricing: honest baselines, one measurement a key, and kernels that misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from structc import ops
+from structc.codegen import autotune, contenders, lower, measure, worker_client
+from structc.codegen.autotune import Request, price
+from structc.codegen.contenders import Contender
+from structc.codegen.cpu import tile
+from structc.codegen.tuning_db import FILE, TuningDb
+from structc.errors import ConfigError
+from structc.forms import Act, Bias, Block, PackedDense, Permute, Tile
+from structc.records import Price, Refusal, Timed
+
+F32 = torch.float32
+LOW_RANK = Tile((Block(1, 16, 64, 1), Block(1, 64, 16, 1), Bias(64), Act("gelu", 64)))
+MONARCH = Tile((Block(4, 16, 16, 1), Permute(4, 16), Block(4, 16, 16, 1)))
+SMALL = Request(LOW_RANK, 64, F32, True, "gelu")
+DENSE = Request(PackedDense(64, 64, "gelu"), 64, F32, True, "gelu")
+
+
+@pytest.fixture
+def empty_db(session_cache: Path) -> Iterator[TuningDb]:
+    """Built kernels stay, measurements go."""
+    db = TuningDb(session_cache / FILE)
+    db.clear()
+    yield db
+    db.clear()
+
+
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROUNDS", {"quick": 3, "full": 3})
+
+
+def forbid_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(worker_client.Worker, "_start", refuse)
+
+
+def test_effort_none_predicts(monkeypatch: pytest.MonkeyPatch, empty_db: TuningDb) -> None:
+    forbid_worker(monkeypatch)
+    requests = [SMALL, DENSE, Request(MONARCH, 1, torch.bfloat16, False, "")]
+    first, second = price(requests, effort="none"), price(requests, effort="none")
+    assert first == second and list(first) == requests
+    for found in first.values():
+        assert isinstance(found, Price)
+        assert found.source == "predicted" and found.kernel in ("reference", "aten")
+    assert empty_db.list() == []
+
+
+def test_unknown_effort() -> None:
+    with pytest.raises(ConfigError, match="quick"):
+        price([SMALL], effort="much")
+
+
+@pytest.mark.parametrize("effort", ["quick", pytest.param("full", marks=pytest.mark.slow)])
+def test_price_then_bind(
+    effort: str, few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transposed = Request(PackedDense(64, 64), 64, F32, False, "", True)
+    requests = [SMALL, Request(MONARCH, 64, F32, False, ""), DENSE, transposed, SMALL]
+    seen: list[tuple[str, int, int]] = []
+    prices = price(requests, effort=effort, progress=lambda *a: seen.append(a))
+    assert list(prices) == requests[:-1] and [s[1:] for s in seen] == [(i, 4) for i in range(1, 5)]
+    for request, found in prices.items():
+        assert isinstance(found, Price), found
+        assert found.source == "measured" and found.latency_ms > 0 and found.baseline_ms > 0
+        assert found.form == str(request.form) and found.rows == 64
+        refused = lower.bind(
+            request.form, F32, 64, found.kernel, found.config, transposed=request.transposed
+        )
+        assert refused is None
+    assert len(ops.attached()) == 4
+    forbid_worker(monkeypatch)  # the same key again: the identical price, nothing is timed
+    assert price(requests, effort=effort) == prices
+    assert price(requests, effort="quick") == prices
+
+
+def test_thread_count_is_the_callers(few_rounds: None, empty_db: TuningDb) -> None:
+    torch.set_num_threads(1)
+    price([DENSE], effort="quick")
+    assert {key["threads"] for key, _ in empty_db.list()} == {1}
+    torch.set_num_threads(2)
+    price([DENSE], effort="quick")
+    assert {key["threads"] for key, _ in empty_db.list()} == {1, 2}
+
+
+def test_no_time_left(few_rounds: None, empty_db: TuningDb) -> None:
+    prices = price([SMALL, DENSE], effort="quick", seconds=0.0)
+    refused, dense = prices[SMALL], prices[DENSE]
+    assert isinstance(refused, Refusal) and refused.code == "BUDGET"
+    assert isinstance(dense, Price) and dense.source == "predicted"
+    assert empty_db.list() == []
+
+
+def test_no_compiler(few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRUCTC_CXX", "/nonexistent")
+    prices = price([SMALL, DENSE], effort="quick")
+    refused, dense = prices[SMALL], prices[DENSE]
+    assert isinstance(refused, Refusal) and refused.code == "NO_COMPILER"
+    assert isinstance(dense, Price) and dense.kernel in ("aten", "onednn")
+
+
+def test_other_dtypes_are_refused_for_tiles(few_rounds: None, empty_db: TuningDb) -> None:
+    request = Request(LOW_RANK, 64, torch.bfloat16, True, "gelu")
+    refused = price([request], effort="quick")[request]
+    assert isinstance(refused, Refusal) and "bfloat16" in refused.reason
+
+
+FAULTS = {
+    "hang": "HANG",
+    "crash": "CRASHED",
+    "exit": "CRASHED",
+    "wrong": "WRONG",
+    "nan": "NONFINITE",
+    "overrun": "OUT_OF_BOUNDS",
+    "late_crash": "CRASHED",
+    "late_hang": "HANG",
+}
+
+
+def with_fault(monkeypatch: pytest.MonkeyPatch, kind: str, alone: bool = False) -> None:
+    """Let a kernel that misbehaves take part, before all others."""
+    normal = contenders.tile_contenders
+
+    def contend(*args: Any) -> list[Contender]:
+        return [Contender("fault", {"kind": kind}), *([] if alone else normal(*args))]
+
+    monkeypatch.setattr(contenders, "tile_contenders", contend)
+    monkeypatch.setattr(worker_client, "CHECK_LIMIT_S", 30.0 if kind != "hang" else 8.0)
+    monkeypatch.setattr(worker_client, "TIME_LIMIT_S", 5.0)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faulty_kernels_never_win(
+    kind: str, few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    price([DENSE], effort="quick")  # the dense contenders are not what is tested here
+    if kind == "hang":
+        tile.make(LOW_RANK, {})  # built before, so that the short limit is for the hang alone
+        tile.make(LOW_RANK, {"layout": "feature"})
+    with_fault(monkeypatch, kind)
+    found = price([SMALL], effort="quick")[SMALL]
+    assert isinstance(found, Price) and found.kernel.startswith("tile[")
+    row = empty_db.get(autotune.tuning_key(SMALL), "fault", {"kind": kind})
+    assert row is not None and row.status == "refused" and row.effort == ""
+    assert (row.reason.startswith(FAULTS[kind]) and kind != "crash") or "SIGSEGV" in row.reason
+
+
+def test_nothing_but_faults_is_a_refusal(
+    few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    price([DENSE], effort="quick")
+    with_fault(monkeypatch, "wrong", alone=True)
+    refused = price([SMALL], effort="quick")[SMALL]
+    assert isinstance(refused, Refusal) and refused.code == "WRONG"
+    forbid_worker(monkeypatch)
+    assert price([SMALL], effort="quick")[SMALL] == refused
+
+
+def test_no_configuration_names_a_fault() -> None:
+    for effort in ("quick", "full"):
+        for request in (SMALL, DENSE, Request(MONARCH, 4096, F32, False, "")):
+            assert all(c.kernel != "fault" for c in request.contenders(effort))
+
+
+def test_default_stays_within_the_spread() -> None:
+    def timed(ms: float, spread: float) -> Timed:
+        return Timed(ms, ms, spread, 9)
+
+    assert measure.choose([timed(10.0, 0.08), timed(9.5, 0.08)]) == 0
+    assert measure.choose([timed(10.0, 0.01), timed(9.5, 0.01)]) == 1
+    assert measure.choose([timed(10.0, 0.9), timed(8.0, 0.9), timed(8.5, 0.9)]) == 1
+
+
+def test_contenders_are_distinct_and_served() -> None:
+    for effort in ("quick", "full"):
+        for form in (LOW_RANK, MONARCH):
+            for rows in (1, 17, 128, 4096):
+                found = contenders.tile_contenders(form, rows, F32, effort)
+                assert found and len({str(c) for c in found}) == len(found)
+                assert all(not isinstance(tile.complete(c.config), Refusal) for c in found)

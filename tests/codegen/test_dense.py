@@ -1,0 +1,110 @@
+"""Dense kernels: all agree with the reference wherever they exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from structc import ops
+from structc.codegen import dense, lower
+from structc.forms import ACTIVATIONS, PackedDense, Tile
+from structc.numerics import relative_error
+from structc.records import Refusal
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+CONFIG = {"tile": {"tile": 32}, "aten": {}, "onednn": {}}
+
+
+def problem(
+    n: int, m: int, rows: int, dtype: torch.dtype, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    w = torch.randn(m, n, generator=g) / n**0.5
+    w = w.t().contiguous() if transposed else w
+    x, b = torch.randn(rows, n, generator=g), torch.randn(m, generator=g)
+    return x.to(dtype), w.to(dtype), b.to(dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("act", ["", *ACTIVATIONS])
+@pytest.mark.parametrize("kernel", dense.KERNELS)
+def test_dense_kernel(kernel: str, act: str, transposed: bool) -> None:
+    for n, m in ((64, 96), (37, 51), (1, 1), (130, 1)):
+        form = PackedDense(n, m, act)
+        made = dense.make(form, torch.float32, 17, kernel, CONFIG[kernel], transposed=transposed)
+        assert not isinstance(made, Refusal), made.reason
+        for rows in (1, 17, 100):
+            x, w, b = problem(n, m, rows, torch.float32, transposed)
+            for weights in ([w, b], [w]):
+                wide = [t.double() for t in weights]
+                bias = wide[1] if len(wide) > 1 else None
+                expected = ops.dense_reference(x.double(), wide[0], bias, act, transposed)
+                assert relative_error(made(x, weights), expected) < 1e-5, (n, m, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    form = PackedDense(64, 96, "gelu")
+    x, w, b = problem(64, 96, 33, dtype, False)
+    expected = ops.dense_reference(x.double(), w.double(), b.double(), "gelu")
+    for kernel in ("aten", "onednn"):
+        made = dense.make(form, dtype, 33, kernel, {})
+        if isinstance(made, Refusal):
+            assert made.code == "UNAVAILABLE" and str(dtype) in made.reason
+        else:
+            assert relative_error(made(x, [w, b]), expected) < TOLERANCE[dtype]
+    refused = dense.make(form, dtype, 33, "tile", {})
+    assert isinstance(refused, Refusal) and refused.code == "DTYPE"
+
+
+def test_onednn_refuses_float64() -> None:
+    refused = dense.make(PackedDense(8, 8), torch.float64, 4, "onednn", {})
+    assert isinstance(refused, Refusal) and refused.code == "UNAVAILABLE"
+
+
+def test_bind_attaches_by_rows() -> None:
+    form = PackedDense(64, 96, "relu")
+    config = {"layout": "token", "tile": 64}
+    assert lower.bind(form, torch.float32, 16, "aten", {}, transposed=True) is None
+    assert lower.bind(form, torch.float32, 512, "tile[token,64]", config, transposed=True) is None
+    key = ops.dense_key(64, 96, "relu", torch.float32, True)
+    assert ops.attached()[key] == [(16, "aten"), (512, "tile[token,64]")]
+    for rows in (3, 100, 5000):
+        x, w, b = problem(64, 96, rows, torch.float32, True)
+        for bias in (b, None):
+            y = torch.ops.structc.dense(x, w, bias, "relu", True)
+            assert relative_error(y, ops.dense_reference(x, w, bias, "relu", True)) < 1e-5
+
+
+def test_bind_refuses_and_attaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = Tile.parse("block(1,4,8,1) block(1,8,4,1)")
+    cases = [
+        (PackedDense(8, 8), torch.float32, "fault", {"kind": "wrong"}),
+        (tile, torch.float32, "fault", {"kind": "wrong"}),
+        (tile, torch.float32, "onednn", {}),
+        (tile, torch.float32, "tile", {"tile": "big"}),
+        (tile, torch.bfloat16, "tile", {}),
+    ]
+    for form, dtype, kernel, config in cases:
+        assert isinstance(lower.bind(form, dtype, 64, kernel, config), Refusal)
+    monkeypatch.setenv("STRUCTC_NATIVE", "0")
+    refused = lower.bind(tile, torch.float32, 64, "tile", {})
+    assert isinstance(refused, Refusal) and refused.code == "OFF"
+    assert ops.attached() == {}
+
+
+def test_bind_reference() -> None:
+    form = Tile.parse("permute(2,3)")
+    assert lower.bind(form, torch.float32, 64, "reference", {}) is None
+    x = torch.randn(5, 6)
+    (y,) = torch.ops.structc.tile([x], [], str(form))
+    assert torch.equal(y, x.view(5, 2, 3).transpose(1, 2).reshape(5, 6))
+
+
+def test_gradients_flow_past_kernels() -> None:
+    """Packed weights give no gradient; the operator computes it from the reference."""
+    for kernel in dense.KERNELS:
+        assert lower.bind(PackedDense(16, 8, "gelu"), torch.float32, 64, kernel, {}) is None
+        x, w, b = (t.requires_grad_() for t in problem(16, 8, 5, torch.float32, False))
+        torch.ops.structc.dense(x, w, b, "gelu", False).sum().backward()
+        assert all(t.grad is not None and bool(t.grad.abs().sum() > 0) for t in (x, w, b))
