@@ -147,8 +147,13 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------------------- one export
 
 
-def export_region(module: nn.Module, path: str, example: Call) -> tuple[Region | None, str]:
+def export_region(
+    module: nn.Module, path: str, example: Call, *, check: bool = True
+) -> tuple[Region | None, str]:
     """Export one module with every dimension dynamic, and check the graph at further sizes.
+
+    Args:
+        check: off only for a graph whose hash says that it was checked before.
 
     Returns:
         The region, or None and the reason in one line.
@@ -179,7 +184,7 @@ def export_region(module: nn.Module, path: str, example: Call) -> tuple[Region |
     guards = _guards(program, graph, traced)
     graph.meta["out_spec"] = out_spec
     region = Region(path, graph, guards, graph_hash(graph.graph), example)
-    return _checked(module, region, traced)
+    return _checked(module, region, traced) if check else (region, "")
 
 
 def _unexportable(example: Call) -> str:

@@ -22,7 +22,7 @@ from structc.errors import ConfigError
 from structc.inputs import clone_call, run, token_mask
 from structc.metrics import Agreement, default_for
 from structc.numerics import float_leaves, output_error, tolerance
-from structc.records import Call
+from structc.records import Call, Candidate, Plan, Verification
 
 log = logging.getLogger("structc.verify")
 
@@ -219,3 +219,31 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
         return model(*args, **kwargs)
 
     return forward
+
+
+def unmet_demand(
+    budget: Budget, plan: Plan, verification: Verification, table: Mapping[str, Sequence[Candidate]]
+) -> str | None:
+    """What a budget demands of latency or parameters and quality does not allow, in a sentence."""
+    if budget.latency is not None and verification.latency:
+        ours = verification.latency["structc"].latency_ms
+        best = min(t.latency_ms for n, t in verification.latency.items() if n != "structc")
+        if ours > float(budget.latency) * best:
+            return (
+                f"latency: asked for {budget.latency:.2f} x the best dense version, reached "
+                f"{ours / best:.2f} x ({ours:.3g} ms against {best:.3g} ms)"
+            )
+    if budget.params is not None and table:
+        kept = sum(
+            c.params
+            for site, choice in plan.choices.items()
+            for c in table[site]
+            if c.family == choice.family and dict(c.hyper) == dict(choice.hyper)
+        )
+        full = sum(max(c.params for c in row if c.family == "dense") for row in table.values())
+        if kept > float(budget.params) * full:
+            return (
+                f"params: asked for {budget.params:.0%} of the linear layers' parameters, "
+                f"reached {kept / full:.0%}"
+            )
+    return None

@@ -197,6 +197,15 @@ class PackedDense:
     def __str__(self) -> str:
         return f"dense({self.in_features},{self.out_features},{self.activation or 'none'})"
 
+    @staticmethod
+    def parse(text: str) -> PackedDense:
+        """The form that :meth:`__str__` wrote."""
+        match = re.fullmatch(r"dense\((\d+),(\d+),(\w+)\)", text)
+        if match is None or match[3] not in ("none", *ACTIVATIONS):
+            raise InternalError(f"{text!r} is no dense form")
+        act = "" if match[3] == "none" else match[3]
+        return PackedDense(int(match[1]), int(match[2]), act)
+
 
 Form = Tile | PackedDense
 

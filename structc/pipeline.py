@@ -8,43 +8,51 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from structc import names, ops, settings
+from structc import artifact, ops, settings
 from structc.budget import Budget
-from structc.codegen import autotune, lower
-from structc.codegen.autotune import Request
 from structc.compiled import CompiledModel, Handle, handle_of, wrap
-from structc.errors import BudgetNotMet, ConfigError, InternalError, Interrupted, StructcError
-from structc.families import BY_NAME, FAMILIES, Dense
-from structc.forms import PackedDense
+from structc.errors import (
+    ArtifactMismatch,
+    BudgetNotMet,
+    ConfigError,
+    InternalError,
+    Interrupted,
+    StructcError,
+)
+from structc.families import BY_NAME, AbstractFamily, Dense
 from structc.hardware import target
 from structc.inputs import calibration_calls, to_call
+from structc.options import EFFORTS, Log, Options, Progress, keep, one_of
 from structc.passes import trial
 from structc.passes.calibrate import Parts, calibrate, split
-from structc.passes.capture import capture, check_supported, preserved_buffers
+from structc.passes.capture import capture, check_supported, export_region, preserved_buffers
+from structc.passes.clone import clone_tree
 from structc.passes.detect import detect
 from structc.passes.fit import fit_candidates
 from structc.passes.profile_time import time_shares
-from structc.passes.select import Table, dense_of
+from structc.passes.race import compile_view
+from structc.passes.rewrite import Product, rewrite
+from structc.passes.select import Table
+from structc.passes.verify import unmet_demand
+from structc.pricing import Prices, bind_all, bind_saved, in_plan, price, priced_only, worth_fitting
 from structc.records import (
     Call,
     Candidate,
     Captured,
     LinearSite,
     Plan,
-    Price,
     Profile,
-    Refusal,
+    Region,
     Sites,
     Verification,
 )
@@ -52,43 +60,6 @@ from structc.report import Report, build_report
 from structc.workdir import WorkDir, hash_calls, hash_tensors
 
 log = logging.getLogger("structc")
-
-EFFORTS = ("none", "quick", "full")
-WORTH = 0.98
-"""A structured form must take less than this share of the best dense time to be fitted at all."""
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The resolved options of one conversion."""
-
-    budget: Budget
-    config: Mapping[str, Any]
-    ignore: tuple[str, ...]
-    effort: str
-    seed: int
-    work_dir: Path | None
-    verify: bool
-    progress: Progress
-
-
-@dataclass(eq=False)
-class Log:
-    """What the stages leave for the report: seconds, refusals and notes."""
-
-    stages: dict[str, float] = field(default_factory=dict)
-    refusals: list[Refusal] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------------- public functions
@@ -142,7 +113,7 @@ def compile(
         budget or Budget(),
         dict(config or {}),
         (ignore,) if isinstance(ignore, str) else tuple(ignore),
-        _one_of("effort", effort, EFFORTS),
+        one_of("effort", effort, EFFORTS),
         seed,
         None if work_dir is None else Path(work_dir),
         verify,
@@ -193,7 +164,7 @@ def inspect(
         Budget(error=1.0),
         {},
         tuple(ignore),
-        _one_of("effort", effort, EFFORTS),
+        one_of("effort", effort, EFFORTS),
         0,
         None,
         False,
@@ -211,11 +182,49 @@ def inspect(
         with notes.stage("capture"):
             captured = capture(model, example)
         with notes.stage("detect"):
-            sites = _keep(detect(captured), options, notes)
+            sites = keep(detect(captured), options, notes)
         with notes.stage("price"):
-            prices = _price(sites, options, notes)
-        table = {s.name: _priced_only(s, prices, options, notes) for s in sites.linear}
+            prices = price(sites, options, notes)
+        table = {s.name: priced_only(s, prices, options, notes) for s in sites.linear}
         return _report(model, sites, {}, None, table, None, None, options, notes)
+
+
+def load(path: str | Path, model: nn.Module) -> CompiledModel:
+    """Load what :meth:`CompiledModel.save` wrote.
+
+    Args:
+        path: the artifact's folder.
+        model: gives the code only; its weights are not read and may be on the meta device.
+
+    Returns:
+        A compiled model with the artifact's weights. Graphs are exported again from the model's
+        code and used where they are the ones that were compiled; kernels are built again.
+
+    Errors: :class:`ArtifactCorrupt`, :class:`ArtifactVersion`, :class:`ArtifactMismatch`.
+    """
+    with _public_boundary(None):
+        manifest, state, report = artifact.read(path)
+        sites, plan = artifact.sites_from(manifest, Path(path))
+        artifact.check_same_model(model, sites, manifest)
+        tree = clone_tree(model).eval()
+        _materialise_meta(tree)
+        regions = _regions_again(tree, manifest, Path(path))
+        captured = Captured(tree, Call((), {}), regions, None, {}, ())
+        replaced = set(manifest["replaced"])
+        modules = {
+            site.name: _empty_module(tree, site, plan)
+            for site in sites.linear
+            if site.name in replaced
+        }
+        product = rewrite(captured, sites, modules)
+        _assign(product.tree, state)
+        for refusal in bind_saved(manifest["kernels"]):
+            log.warning("load: %s: %s", refusal.site, refusal.reason)
+        _run_as(product, manifest["runner"])
+        kernels = tuple(manifest["kernels"])
+        places = {n: _place(product.tree, m) for n, m in product.replaced.items()}
+        handle = Handle(report, plan, sites, regions, kernels, manifest["runner"], places)
+        return wrap(product.tree, handle)
 
 
 def reset() -> None:
@@ -256,17 +265,17 @@ def _stages(
         captured = capture(model, example)
     work = WorkDir(options.work_dir, _fingerprint(model, calls, options))
     with stage("detect"):
-        sites = _keep(detect(captured), options, notes)
+        sites = keep(detect(captured), options, notes)
     with stage("calibrate"):
         profile = _calibrate(captured, sites, parts, options, work, notes)
     with stage("price"):
-        prices = _price(sites, options, notes)
+        prices = price(sites, options, notes)
         shares = time_shares(captured, sites)
     with stage("fit"):
         table = _fit(captured, sites, prices, profile, options, work, notes)
     with stage("select"):
         lab = trial.Lab(model, captured, sites, profile, parts, budget, work)
-        kernels = _bind_all(table, sites, notes)
+        kernels = bind_all(table, sites, notes)
         plan = trial.select_plan(lab, table, options.progress)
     with stage("rewrite"):
         product = lab.product(plan, table)
@@ -282,13 +291,19 @@ def _stages(
         plan,
         sites,
         captured.regions,
-        tuple(k for k in kernels if _in_plan(k, plan)),
+        tuple(k for k in kernels if in_plan(k, plan)),
         verification.runner,
         {name: _place(product.tree, module) for name, module in product.replaced.items()},
         weakref.ref(model),
     )
     fast = wrap(product.tree, handle)
-    _check_demands(fast, plan, verification, table, budget)
+    unmet = unmet_demand(budget, plan, verification, table)
+    if unmet is not None:
+        raise BudgetNotMet(
+            f"{unmet} inside the quality budget",
+            result=fast,
+            hint="The best verified model is in .result; allow more max_drop or error, or ask less.",
+        )
     return fast
 
 
@@ -317,43 +332,6 @@ def _calibrate(
     return profile
 
 
-Prices = dict[tuple[str, str, tuple[tuple[str, int], ...]], tuple[Request, Price]]
-"""(site, family, hyper) -> what was asked and what it costs."""
-
-
-def _price(sites: Sites, options: Options, notes: Log) -> Prices:
-    """Stage 4: latency depends on shapes, not on values, so it comes before any fit."""
-    requests: dict[tuple[str, str, tuple[tuple[str, int], ...]], Request] = {}
-    for site in sites.linear:
-        for family, hyper in _proposals(site, options):
-            form = BY_NAME[family].form_of(
-                site.in_features,
-                site.out_features,
-                hyper,
-                bias=site.bias is not None,
-                activation=site.activation,
-            )
-            requests[site.name, family, _frozen(hyper)] = Request(
-                form,
-                site.rows,
-                site.dtype,
-                site.bias is not None,
-                site.activation,
-                site.transposed and isinstance(form, PackedDense),
-            )
-    found = autotune.price(
-        list(requests.values()), effort=options.effort, progress=_named(options.progress, "price")
-    )
-    prices: Prices = {}
-    for (site_name, family, hyper_key), request in requests.items():
-        price = found[request]
-        if isinstance(price, Refusal):
-            notes.refusals.append(replace(price, site=site_name, family=family))
-        else:
-            prices[site_name, family, hyper_key] = (request, price)
-    return prices
-
-
 def _fit(
     captured: Captured,
     sites: Sites,
@@ -366,7 +344,7 @@ def _fit(
     table: dict[str, list[Candidate]] = {}
     for at, site in enumerate(sites.linear):
         options.progress("fit", at, len(sites.linear))
-        proposals = _worth_fitting(site, prices, options, notes)
+        proposals = worth_fitting(site, prices, options, notes)
         found, refusals = fit_candidates(captured, site, proposals, profile, work)
         notes.refusals += refusals
         if found:
@@ -375,162 +353,7 @@ def _fit(
     return table
 
 
-def _worth_fitting(
-    site: LinearSite, prices: Prices, options: Options, notes: Log
-) -> list[tuple[str, Mapping[str, int], Price]]:
-    """The proposals of a site that are faster than dense; the others become refusals."""
-    proposals = []
-    for (name, family, hyper), (_, price) in prices.items():
-        if name != site.name:
-            continue
-        forced = _forced(site, options)
-        if family != Dense.name and not forced and price.latency_ms > WORTH * price.baseline_ms:
-            if options.budget.params is None:
-                text = ", ".join(f"{k} {v}" for k, v in hyper)
-                notes.refusals.append(
-                    Refusal(
-                        site.name,
-                        family,
-                        "NOT_FASTER",
-                        f"{text}: {price.latency_ms:.3g} ms, the best dense kernel "
-                        f"({price.baseline}) takes {price.baseline_ms:.3g} ms",
-                    )
-                )
-                continue
-        proposals.append((family, dict(hyper), price))
-    return proposals
-
-
-def _priced_only(site: LinearSite, prices: Prices, options: Options, notes: Log) -> list[Candidate]:
-    """Candidates without errors, for ``inspect``."""
-    out = []
-    for (name, family, hyper), (request, price) in prices.items():
-        if name == site.name:
-            error = 0.0 if family == Dense.name else float("nan")
-            form = request.form
-            out.append(Candidate(name, family, dict(hyper), form.params, form.flops, error, price))
-    return out
-
-
-def _bind_all(table: Table, sites: Sites, notes: Log) -> list[dict[str, Any]]:
-    """Attach the kernels that the prices promise; a kernel that cannot be built is a refusal.
-
-    A leaf runs without the activation that graphs fuse in: it gets the same kernel for its form.
-    """
-    by_name = {site.name: site for site in sites.linear}
-    bindings: dict[str, dict[str, Any]] = {}
-    for name, candidates in table.items():
-        site = by_name[name]
-        for c in candidates:
-            for act in {"", site.activation}:
-                form = BY_NAME[c.family].form_of(
-                    site.in_features,
-                    site.out_features,
-                    c.hyper,
-                    bias=site.bias is not None,
-                    activation=act,
-                )
-                binding = {
-                    "form": str(form),
-                    "dtype": str(site.dtype).removeprefix("torch."),
-                    "rows": site.rows,
-                    "kernel": c.price.kernel,
-                    "config": dict(c.price.config),
-                    "transposed": site.transposed and c.family == Dense.name,
-                    "site": name,
-                    "family": c.family,
-                    "hyper": dict(c.hyper),
-                }
-                key = f"{form} {site.dtype} {site.rows} {binding['transposed']}"
-                if key in bindings:
-                    bindings[f"{key} {name}"] = binding
-                    continue
-                refusal = lower.bind(
-                    form,
-                    site.dtype,
-                    site.rows,
-                    c.price.kernel,
-                    c.price.config,
-                    transposed=bool(binding["transposed"]),
-                )
-                if refusal is not None:
-                    notes.refusals.append(replace(refusal, site=name, family=c.family))
-                bindings[key] = binding
-    return list(bindings.values())
-
-
-def _in_plan(binding: Mapping[str, Any], plan: Plan) -> bool:
-    choice = plan.choices.get(binding["site"])
-    return (
-        choice is not None
-        and choice.family == binding["family"]
-        and dict(choice.hyper) == binding["hyper"]
-    )
-
-
 # ---------------------------------------------------------------------------- options and sites
-
-
-def _keep(sites: Sites, options: Options, notes: Log) -> Sites:
-    """Leave out what the user wants left alone; patterns that match nothing are errors."""
-    every = [s.name for s in sites.linear]
-    known = [*every, *(r.site for r in sites.refusals)]
-    dropped: set[str] = set()
-    for pattern in options.ignore:
-        dropped |= set(names.select(pattern, known, "ignore"))
-    for pattern in options.config:
-        if pattern != "_default":
-            names.select(pattern, known, "config")
-    for site in sites.linear:
-        if site.name in dropped:
-            notes.refusals.append(Refusal(site.name, "", "IGNORED", "ignore= names it"))
-    return replace(sites, linear=tuple(s for s in sites.linear if s.name not in dropped))
-
-
-def _forced(site: LinearSite, options: Options) -> tuple[bool, Any] | None:
-    """What ``config`` says about a site: (True, choice), or None if it says nothing."""
-    for pattern, choice in options.config.items():
-        if pattern != "_default" and names.matches(pattern, site.name):
-            return True, choice
-    if "_default" in options.config:
-        return True, options.config["_default"]
-    return None
-
-
-def _proposals(site: LinearSite, options: Options) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Families and hyper-parameters to price at a site; dense is always the first."""
-    yield Dense.name, {}
-    if options.budget.exact:
-        return
-    forced = _forced(site, options)
-    if forced is not None:
-        if forced[1] is not None:
-            yield from _forced_proposals(site, forced[1])
-        return
-    for family in FAMILIES:
-        if family is Dense or "tied" in site.tags:
-            continue
-        for hyper in family.proposals(site.in_features, site.out_features):
-            yield family.name, hyper
-
-
-def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """A choice from ``config``: a family's name, or a dict with ``family`` and hyper-parameters."""
-    asked = {"family": choice} if isinstance(choice, str) else dict(choice)
-    name = asked.pop("family", None)
-    if name not in BY_NAME:
-        raise ConfigError(
-            f"config: {site.name} asks for family {name!r}",
-            hint=f"Known families: {', '.join(BY_NAME)}; None keeps a site dense.",
-            layer=site.name,
-        )
-    if name == Dense.name:
-        return
-    if asked:
-        yield name, {k: int(v) for k, v in asked.items()}
-        return
-    for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
-        yield name, hyper
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Call | None:
@@ -558,56 +381,85 @@ def _fingerprint(model: nn.Module, calls: list[Call], options: Options) -> dict[
     }
 
 
-def _check_demands(
-    fast: CompiledModel,
-    plan: Plan,
-    verification: Verification,
-    table: Table,
-    budget: Budget,
-) -> None:
-    """Latency and parameter demands that the quality budget does not allow."""
-    if budget.latency is not None and verification.latency:
-        ours = verification.latency["structc"].latency_ms
-        best = min(t.latency_ms for n, t in verification.latency.items() if n != "structc")
-        if ours > float(budget.latency) * best:
-            raise BudgetNotMet(
-                f"latency: asked for {budget.latency:.2f} x the best dense version, reached "
-                f"{ours / best:.2f} x ({ours:.3g} ms against {best:.3g} ms) inside the quality budget",
-                result=fast,
-                hint="The best verified model is in .result; allow more max_drop or error, or less.",
-            )
-    if budget.params is not None and table:
-        kept = sum(_chosen(table[s], c.family, c.hyper).params for s, c in plan.choices.items())
-        full = sum(dense_of(c).params for c in table.values())
-        if kept > float(budget.params) * full:
-            raise BudgetNotMet(
-                f"params: asked for {budget.params:.0%} of the linear layers' parameters, reached "
-                f"{kept / full:.0%} inside the quality budget",
-                result=fast,
-                hint="The best verified model is in .result; allow more max_drop or error, or less.",
-            )
-
-
-def _chosen(candidates: Sequence[Candidate], family: str, hyper: Mapping[str, int]) -> Candidate:
-    return next(c for c in candidates if c.family == family and dict(c.hyper) == dict(hyper))
-
-
 def _place(tree: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in tree.named_modules() if m is module)
 
 
-def _frozen(hyper: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    return tuple(hyper.items())
+# ---------------------------------------------------------------------------- loading
 
 
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda _, done, total: progress(name, done, total)
+def _materialise_meta(tree: nn.Module) -> None:
+    """Give meta tensors a place in memory, unread: export wants a device, loading the values."""
+    for module in tree.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    table[name] = (
+                        nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                    )
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value
+def _regions_again(tree: nn.Module, manifest: Mapping[str, Any], path: Path) -> tuple[Region, ...]:
+    """Export the regions of an artifact from the model's code; only the same graphs are used."""
+    regions = []
+    for data in manifest["regions"]:
+        where, digest, guards, leaves = artifact.guards_from(data, path)
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, guards.spec)
+        module = tree.get_submodule(where)
+        region, reason = export_region(module, where, Call(args, kwargs), check=False)
+        if region is None or region.hash != digest:
+            log.warning("load: the graph of %r is another one now (%s): not used", where, reason)
+            continue
+        regions.append(replace(region, guards=guards))
+    return tuple(regions)
+
+
+def _empty_module(tree: nn.Module, site: LinearSite, plan: Plan) -> AbstractFamily:
+    choice = plan.choices[site.name]
+    family = BY_NAME[choice.family]
+    if family is Dense:
+        shape = (site.out_features, site.in_features)
+        made: AbstractFamily = Dense(
+            torch.empty(shape[::-1] if site.transposed else shape, dtype=site.dtype),
+            transposed=site.transposed,
+        )
+    else:
+        made = family.empty(site.in_features, site.out_features, choice.hyper, site.dtype)
+        made.transposed = site.transposed  # type: ignore[assignment]
+    if site.bias is not None:
+        made.bias = nn.Parameter(torch.empty(site.out_features, dtype=site.dtype))
+    return made.eval()
+
+
+def _assign(tree: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put an artifact's tensors into a tree of clones; ties stay ties, nothing shared is written."""
+    known = {n: t for n, t in (*tree.named_parameters(), *tree.named_buffers())}
+    if known.keys() != state.keys():
+        odd = sorted(known.keys() ^ state.keys())[:3]
+        raise ArtifactMismatch(f"load: the model and the artifact disagree about {', '.join(odd)}")
+    new: dict[int, torch.Tensor] = {}
+    for name, old in known.items():
+        if tuple(old.shape) != tuple(state[name].shape):
+            raise ArtifactMismatch(
+                f"load: {name} is {tuple(old.shape)}, the artifact has {tuple(state[name].shape)}"
+            )
+        value = state[name]
+        is_parameter = isinstance(old, nn.Parameter)
+        new[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
+    for module in tree.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = new[id(tensor)]  # type: ignore[assignment]
+
+
+def _run_as(product: Product, way: str) -> None:
+    for runner in product.runners:
+        runner.active = way != "modules"
+        if way == "inductor" and runner.region.path == "":
+            runner.compiled = compile_view(runner)
 
 
 # ---------------------------------------------------------------------------- edges
@@ -615,8 +467,6 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 
 def _deferred(model: nn.Module, options: Options, calibration: Any) -> CompiledModel:
     """A clone that compiles itself at its first call, with the inputs of that call."""
-    from structc.passes.clone import clone_tree
-
     tree = clone_tree(model)
     base = type(tree)
 
@@ -667,14 +517,14 @@ def _report(
 
 
 @contextmanager
-def _public_boundary(options: Options) -> Iterator[None]:
+def _public_boundary(options: Options | None) -> Iterator[None]:
     """Only StructcError and its children leave; a broken promise of ours says so."""
     try:
         yield
     except StructcError:
         raise
     except KeyboardInterrupt:
-        if options.work_dir is None:
+        if options is None or options.work_dir is None:
             raise
         raise Interrupted(
             f"interrupted; finished work is kept in {options.work_dir}",

@@ -1,0 +1,119 @@
+"""The resolved options of one conversion, the log that its stages leave, and who may be rewritten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from structc import names
+from structc.budget import Budget
+from structc.errors import ConfigError
+from structc.families import BY_NAME, FAMILIES, Dense
+from structc.records import LinearSite, Refusal, Sites
+
+EFFORTS = ("none", "quick", "full")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The resolved options of one conversion."""
+
+    budget: Budget
+    config: Mapping[str, Any]
+    ignore: tuple[str, ...]
+    effort: str
+    seed: int
+    work_dir: Path | None
+    verify: bool
+    progress: Progress
+
+
+@dataclass(eq=False)
+class Log:
+    """What the stages leave for the report: seconds, refusals and notes."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+
+def keep(sites: Sites, options: Options, notes: Log) -> Sites:
+    """Leave out what the user wants left alone; patterns that match nothing are errors."""
+    every = [s.name for s in sites.linear]
+    known = [*every, *(r.site for r in sites.refusals)]
+    dropped: set[str] = set()
+    for pattern in options.ignore:
+        dropped |= set(names.select(pattern, known, "ignore"))
+    for pattern in options.config:
+        if pattern != "_default":
+            names.select(pattern, known, "config")
+    for site in sites.linear:
+        if site.name in dropped:
+            notes.refusals.append(Refusal(site.name, "", "IGNORED", "ignore= names it"))
+    return replace(sites, linear=tuple(s for s in sites.linear if s.name not in dropped))
+
+
+def forced(site: LinearSite, options: Options) -> tuple[bool, Any] | None:
+    """What ``config`` says about a site: (True, choice), or None if it says nothing."""
+    for pattern, choice in options.config.items():
+        if pattern != "_default" and names.matches(pattern, site.name):
+            return True, choice
+    if "_default" in options.config:
+        return True, options.config["_default"]
+    return None
+
+
+def proposals(site: LinearSite, options: Options) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Families and hyper-parameters to price at a site; dense is always the first."""
+    yield Dense.name, {}
+    if options.budget.exact:
+        return
+    asked = forced(site, options)
+    if asked is not None:
+        if asked[1] is not None:
+            yield from _forced_proposals(site, asked[1])
+        return
+    for family in FAMILIES:
+        if family is Dense or "tied" in site.tags:
+            continue
+        for hyper in family.proposals(site.in_features, site.out_features):
+            yield family.name, hyper
+
+
+def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """A choice from ``config``: a family's name, or a dict with ``family`` and hyper-parameters."""
+    asked = {"family": choice} if isinstance(choice, str) else dict(choice)
+    name = asked.pop("family", None)
+    if name not in BY_NAME:
+        raise ConfigError(
+            f"config: {site.name} asks for family {name!r}",
+            hint=f"Known families: {', '.join(BY_NAME)}; None keeps a site dense.",
+            layer=site.name,
+        )
+    if name == Dense.name:
+        return
+    if asked:
+        yield name, {k: int(v) for k, v in asked.items()}
+        return
+    for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
+        yield name, hyper
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """The value, if it is one of those allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value

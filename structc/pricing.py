@@ -1,0 +1,182 @@
+"""Stage 4 and its end: what is asked of the tuner, what is worth fitting, which kernels are bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from structc.codegen import autotune, lower
+from structc.codegen.autotune import Request
+from structc.errors import InternalError
+from structc.families import BY_NAME, Dense
+from structc.forms import Form, PackedDense, Tile
+from structc.options import Log, Options, Progress, forced, proposals
+from structc.records import Candidate, LinearSite, Plan, Price, Refusal, Sites
+
+WORTH = 0.98
+"""A structured form must take less than this share of the best dense time to be fitted at all."""
+
+Prices = dict[tuple[str, str, tuple[tuple[str, int], ...]], tuple[Request, Price]]
+"""(site, family, hyper) -> what was asked and what it costs."""
+
+
+def price(sites: Sites, options: Options, notes: Log) -> Prices:
+    """Stage 4: latency depends on shapes, not on values, so it comes before any fit."""
+    requests: dict[tuple[str, str, tuple[tuple[str, int], ...]], Request] = {}
+    for site in sites.linear:
+        for family, hyper in proposals(site, options):
+            form = BY_NAME[family].form_of(
+                site.in_features,
+                site.out_features,
+                hyper,
+                bias=site.bias is not None,
+                activation=site.activation,
+            )
+            requests[site.name, family, _frozen(hyper)] = Request(
+                form,
+                site.rows,
+                site.dtype,
+                site.bias is not None,
+                site.activation,
+                site.transposed and isinstance(form, PackedDense),
+            )
+    found = autotune.price(
+        list(requests.values()), effort=options.effort, progress=_named(options.progress, "price")
+    )
+    prices: Prices = {}
+    for (site_name, family, hyper_key), request in requests.items():
+        cost = found[request]
+        if isinstance(cost, Refusal):
+            notes.refusals.append(replace(cost, site=site_name, family=family))
+        else:
+            prices[site_name, family, hyper_key] = (request, cost)
+    return prices
+
+
+def worth_fitting(
+    site: LinearSite, prices: Prices, options: Options, notes: Log
+) -> list[tuple[str, Mapping[str, int], Price]]:
+    """The proposals of a site that are faster than dense; the others become refusals."""
+    proposals = []
+    for (name, family, hyper), (_, price) in prices.items():
+        if name != site.name:
+            continue
+        asked = forced(site, options)
+        if family != Dense.name and asked is None and price.latency_ms > WORTH * price.baseline_ms:
+            if options.budget.params is None:
+                text = ", ".join(f"{k} {v}" for k, v in hyper)
+                notes.refusals.append(
+                    Refusal(
+                        site.name,
+                        family,
+                        "NOT_FASTER",
+                        f"{text}: {price.latency_ms:.3g} ms, the best dense kernel "
+                        f"({price.baseline}) takes {price.baseline_ms:.3g} ms",
+                    )
+                )
+                continue
+        proposals.append((family, dict(hyper), price))
+    return proposals
+
+
+def priced_only(site: LinearSite, prices: Prices, options: Options, notes: Log) -> list[Candidate]:
+    """Candidates without errors, for ``inspect``."""
+    out = []
+    for (name, family, hyper), (request, price) in prices.items():
+        if name == site.name:
+            error = 0.0 if family == Dense.name else float("nan")
+            form = request.form
+            out.append(Candidate(name, family, dict(hyper), form.params, form.flops, error, price))
+    return out
+
+
+def bind_all(
+    table: Mapping[str, Sequence[Candidate]], sites: Sites, notes: Log
+) -> list[dict[str, Any]]:
+    """Attach the kernels that the prices promise; a kernel that cannot be built is a refusal.
+
+    A leaf runs without the activation that graphs fuse in: it gets the same kernel for its form.
+    """
+    by_name = {site.name: site for site in sites.linear}
+    bindings: dict[str, dict[str, Any]] = {}
+    for name, candidates in table.items():
+        site = by_name[name]
+        for c in candidates:
+            for act in {"", site.activation}:
+                form = BY_NAME[c.family].form_of(
+                    site.in_features,
+                    site.out_features,
+                    c.hyper,
+                    bias=site.bias is not None,
+                    activation=act,
+                )
+                binding = {
+                    "form": str(form),
+                    "dtype": str(site.dtype).removeprefix("torch."),
+                    "rows": site.rows,
+                    "kernel": c.price.kernel,
+                    "config": dict(c.price.config),
+                    "transposed": site.transposed and c.family == Dense.name,
+                    "site": name,
+                    "family": c.family,
+                    "hyper": dict(c.hyper),
+                }
+                key = f"{form} {site.dtype} {site.rows} {binding['transposed']}"
+                if key in bindings:
+                    bindings[f"{key} {name}"] = binding
+                    continue
+                refusal = lower.bind(
+                    form,
+                    site.dtype,
+                    site.rows,
+                    c.price.kernel,
+                    c.price.config,
+                    transposed=bool(binding["transposed"]),
+                )
+                if refusal is not None:
+                    notes.refusals.append(replace(refusal, site=name, family=c.family))
+                bindings[key] = binding
+    return list(bindings.values())
+
+
+def in_plan(binding: Mapping[str, Any], plan: Plan) -> bool:
+    choice = plan.choices.get(binding["site"])
+    return (
+        choice is not None
+        and choice.family == binding["family"]
+        and dict(choice.hyper) == binding["hyper"]
+    )
+
+
+def _frozen(hyper: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(hyper.items())
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda _, done, total: progress(name, done, total)
+
+
+def bind_saved(kernels: Sequence[Mapping[str, Any]]) -> list[Refusal]:
+    """Attach the kernels that an artifact names; those of another machine may refuse."""
+    refusals = []
+    for item in kernels:
+        try:
+            text = str(item["form"])
+            form: Form = PackedDense.parse(text) if text.startswith("dense") else Tile.parse(text)
+            dtype = getattr(torch, str(item["dtype"]))
+            refusal = lower.bind(
+                form,
+                dtype,
+                int(item["rows"]),
+                str(item["kernel"]),
+                dict(item["config"]),
+                transposed=bool(item["transposed"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, InternalError) as e:
+            refusal = Refusal(str(item.get("site", "")), "load", "KERNEL", f"broken entry: {e}")
+        if refusal is not None:
+            refusals.append(refusal)
+    return refusals
