@@ -96,7 +96,7 @@ def dense_contenders(
         tiles.add(128)
     for height in sorted(t for t in tiles if t <= max(16, 2 * rows)):
         for width in (48, 64) if effort == "full" else (48,):
-            for split in _splits(rows, effort):
+            for split in _splits(rows):
                 config = {**DEFAULT, "tile": height, "panel1": width, "panel2": width}
                 found.append(Contender("tile", {**config, "split": split}))
     return found
@@ -113,19 +113,19 @@ def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> l
         found.setdefault(tuple(full.items()), Contender("tile", full))
 
     layouts = _layouts(form)
-    height, split = _default_tile(rows), _splits(rows, "quick")[0]
+    height, split = _default_tile(rows), _splits(rows)[0]
     for layout in layouts:
         add(layout=layout, tile=height, split=split)
     heights = (16, 32, 64, 128) if effort == "full" else (height // 2, height * 2)
     for layout in layouts if effort == "full" else layouts[:1]:
         for tall in (t for t in heights if 16 <= t <= 128):
-            for chosen in _splits(rows, effort):
+            for chosen in _splits(rows):
                 widths = (32, 48, 64) if effort == "full" else (48,)
                 for width in widths if layout == "token" else (48,):
                     add(layout=layout, tile=tall, panel1=width, panel2=width, split=chosen)
     if effort == "quick" and layouts[:1] == ["token"]:
         add(layout="token", tile=height, panel1=64, panel2=64, split=split)
-        for other in _splits(rows, effort)[1:]:
+        for other in _splits(rows)[1:]:
             add(layout="token", tile=height, split=other)
     return list(found.values())
 
@@ -145,10 +145,6 @@ def _default_tile(rows: int) -> int:
     return 64 if rows >= 64 else 32 if rows > 16 else 16
 
 
-def _splits(rows: int, effort: str) -> tuple[int, ...]:
+def _splits(rows: int) -> tuple[int, ...]:
     """Whether threads share the outputs of a tile; both where it can go either way."""
-    if rows >= FEW_ROWS:
-        return (0,)
-    if rows <= 16:
-        return (1, 0) if effort == "full" else (1,)
-    return (1, 0)
+    return (0,) if rows >= FEW_ROWS else (1, 0)
