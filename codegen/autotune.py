@@ -135,7 +135,7 @@ class _Session:
         # Eager PyTorch always runs: without a measurement it is what there is.
         return predict(request) if isinstance(found, Refusal) and request == dense else found
 
-    def _find(self, request: Request, rivals: list[Contender]) -> list[Row]:
+    def _find(self, request: Request, rivals: list[tuple[Contender, float]]) -> list[Row]:
         """Rows of a request with one of them chosen, or none and the reason in ``refusal``."""
         key = tuning_key(request)
         if self.db.chosen(key, self.effort) is not None:
@@ -152,11 +152,11 @@ class _Session:
         return rows
 
 
-def _rivals(rows: Sequence[Row]) -> list[Contender]:
+def _rivals(rows: Sequence[Row]) -> list[tuple[Contender, float]]:
     """The dense kernels that may be the fastest when timed again: all that came near the best."""
     able = sorted((r for r in rows if r.status == "ok"), key=lambda r: r.latency_ms)
     near = [r for r in able if r.latency_ms <= NEAR * able[0].latency_ms][:MOST_RIVALS]
-    return [Contender(r.kernel, r.config) for r in near]
+    return [(Contender(r.kernel, r.config), r.latency_ms) for r in near]
 
 
 def _refuse(reason: str) -> Refusal:

@@ -20,6 +20,8 @@ TIMING_S = 20.0
 """Rounds are cut, down to three, so that one form takes no longer."""
 TRIES, QUIET = 3, 0.25
 """A timing in which some spread is larger is repeated, so many times at most."""
+SLACK = 1.25
+"""A dense kernel is never taken to be slower than this times what it was known to take."""
 MARGIN = (0.02, 0.10)
 """A default gives way to something better by more than the spread, held inside these bounds."""
 # Reasons that lie in the surroundings and may be gone tomorrow: never stored.
@@ -41,14 +43,15 @@ class Measurement:
     Attributes:
         worker: checks and times.
         request: what is measured.
-        rivals: dense kernels to beat; empty while the dense kernels compete among themselves.
+        rivals: dense kernels to beat, with what they took among themselves, in milliseconds; empty
+            while that is being found.
         effort: ``"quick"`` or ``"full"``.
         refused: contenders that failed their check or took the worker down.
     """
 
     worker: Worker
     request: Request
-    rivals: Sequence[Contender]
+    rivals: Sequence[tuple[Contender, float]]
     effort: str
     refused: list[tuple[Contender, Refusal]] = field(default_factory=list)
 
@@ -92,7 +95,7 @@ class Measurement:
 
     def _time(self, able: Able, rounds: int) -> tuple[Baseline | None, Results]:
         """The baseline and everybody's time; what kills the worker drops out of ``able``."""
-        yardstick = [self.request.dense().job(c) for c in self.rivals]
+        yardstick = [self.request.dense().job(c) for c, _ in self.rivals]
         while able:
             jobs = [*yardstick, *(self.request.job(c) for c, _ in able)]
             once_s = (sum(ms for _, ms in able) + able[0][1] * len(yardstick)) / 1e3
@@ -133,7 +136,8 @@ class Measurement:
         """The fastest rival of this run; among dense kernels eager PyTorch, timed first."""
         if not self.rivals:
             return "aten", result[0].latency_ms
-        ms, name = min((t.latency_ms, c.label) for c, t in zip(self.rivals, result, strict=False))
+        times = zip(self.rivals, result, strict=False)
+        ms, name = min((min(t.latency_ms, SLACK * ms), c.label) for (c, ms), t in times)
         return name, ms
 
     def _row(self, contender: Contender, timed: Timed, base: Baseline) -> Row:

@@ -190,3 +190,18 @@ def test_contenders_are_distinct_and_served() -> None:
                 found = contenders.tile_contenders(form, rows, F32, effort)
                 assert found and len({str(c) for c in found}) == len(found)
                 assert all(not isinstance(tile.complete(c.config), Refusal) for c in found)
+
+
+def test_a_disturbed_baseline_promises_nothing(empty_db: TuningDb) -> None:
+    """A dense kernel that was hit by the scheduler counts as what it is known to take."""
+
+    class Busy:
+        def check(self, job: object) -> float:
+            return 0.1
+
+        def time(self, jobs: list[object], rounds: int, expected_s: float) -> list[Timed]:
+            return [Timed(8.0, 8.0, 0.0, 3), *(Timed(0.5, 0.5, 0.0, 3) for _ in jobs[1:])]
+
+    rivals = [(Contender("aten"), 0.8)]
+    rows = measure.Measurement(Busy(), SMALL, rivals, "quick").run()  # type: ignore[arg-type]
+    assert {r.baseline_ms for r in rows} == {0.8 * measure.SLACK}
