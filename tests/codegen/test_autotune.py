@@ -129,39 +129,45 @@ FAULTS = {
 }
 
 
-def with_fault(monkeypatch: pytest.MonkeyPatch, kind: str, alone: bool = False) -> None:
-    """Let a kernel that misbehaves take part, before all others."""
+def with_faults(monkeypatch: pytest.MonkeyPatch, *kinds: str, alone: bool = False) -> None:
+    """Let kernels that misbehave take part, before all others."""
     normal = contenders.tile_contenders
+    faulty = [Contender("fault", {"kind": kind}) for kind in kinds]
 
     def contend(*args: Any) -> list[Contender]:
-        return [Contender("fault", {"kind": kind}), *([] if alone else normal(*args))]
+        return [*faulty, *([] if alone else normal(*args))]
 
     monkeypatch.setattr(contenders, "tile_contenders", contend)
-    monkeypatch.setattr(worker_client, "CHECK_LIMIT_S", 30.0 if kind != "hang" else 8.0)
+    monkeypatch.setattr(worker_client, "CHECK_LIMIT_S", 8.0 if "hang" in kinds else 60.0)
     monkeypatch.setattr(worker_client, "TIME_LIMIT_S", 5.0)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize(
+    "kinds",
+    [("wrong", "nan", "overrun", "crash", "exit"), ("hang",), ("late_crash", "late_hang")],
+    ids=" ".join,
+)
 def test_faulty_kernels_never_win(
-    kind: str, few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
+    kinds: tuple[str, ...], few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     price([DENSE], effort="quick")  # the dense contenders are not what is tested here
-    if kind == "hang":
-        tile.make(LOW_RANK, {})  # built before, so that the short limit is for the hang alone
-        tile.make(LOW_RANK, {"layout": "feature"})
-    with_fault(monkeypatch, kind)
+    for layout in ("token", "feature"):  # built before: the short limit is for the hang alone
+        tile.make(LOW_RANK, {"layout": layout})
+    with_faults(monkeypatch, *kinds)
     found = price([SMALL], effort="quick")[SMALL]
     assert isinstance(found, Price) and found.kernel.startswith("tile[")
-    row = empty_db.get(autotune.tuning_key(SMALL), "fault", {"kind": kind})
-    assert row is not None and row.status == "refused" and row.effort == ""
-    assert (row.reason.startswith(FAULTS[kind]) and kind != "crash") or "SIGSEGV" in row.reason
+    for kind in kinds:
+        row = empty_db.get(autotune.tuning_key(SMALL), "fault", {"kind": kind})
+        assert row is not None and row.status == "refused" and row.effort == ""
+        assert row.reason.startswith(FAULTS[kind])
+        assert kind != "crash" or "SIGSEGV" in row.reason
 
 
 def test_nothing_but_faults_is_a_refusal(
     few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     price([DENSE], effort="quick")
-    with_fault(monkeypatch, "wrong", alone=True)
+    with_faults(monkeypatch, "wrong", alone=True)
     refused = price([SMALL], effort="quick")[SMALL]
     assert isinstance(refused, Refusal) and refused.code == "WRONG"
     forbid_worker(monkeypatch)
