@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,25 @@ log = logging.getLogger("structc.fit")
 
 Proposal = tuple[str, Hyper, Price]
 """(family, hyper, price) of something that is worth fitting at a site."""
+
+
+@contextmanager
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """A pool with a worker for each of PyTorch's threads, and one thread inside each worker.
+
+    Fits are many small decompositions: they scale over sites, hardly inside, and on a busy machine
+    threads that wait for each other cost more than the work. The results also do not depend on the
+    number of threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool:
+            yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def weight_of(captured: Captured, site: LinearSite) -> Tensor:

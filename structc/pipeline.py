@@ -38,7 +38,7 @@ from structc.passes.calibrate import Parts, calibrate, split
 from structc.passes.capture import capture, check_supported, export_region, preserved_buffers
 from structc.passes.clone import clone_tree
 from structc.passes.detect import detect
-from structc.passes.fit import fit_candidates
+from structc.passes.fit import fit_candidates, one_thread_each
 from structc.passes.profile_time import time_shares
 from structc.passes.race import compile_view
 from structc.passes.rewrite import Product, rewrite
@@ -52,6 +52,7 @@ from structc.records import (
     LinearSite,
     Plan,
     Profile,
+    Refusal,
     Region,
     Sites,
     Verification,
@@ -341,19 +342,20 @@ def _fit(
     work: WorkDir,
     notes: Log,
 ) -> Table:
+    jobs = [(site, worth_fitting(site, prices, options, notes)) for site in sites.linear]
+
+    def one(job: tuple[LinearSite, list[Any]]) -> tuple[list[Candidate], list[Refusal]]:
+        return fit_candidates(captured, job[0], job[1], profile, work)
+
     table: dict[str, list[Candidate]] = {}
-    for at, site in enumerate(sites.linear):
-        options.progress("fit", at, len(sites.linear))
-        proposals = worth_fitting(site, prices, options, notes)
-        found, refusals = fit_candidates(captured, site, proposals, profile, work)
-        notes.refusals += refusals
-        if found:
-            table[site.name] = found
-    options.progress("fit", len(sites.linear), len(sites.linear))
+    with one_thread_each() as pool:
+        for at, (found, refusals) in enumerate(pool.map(one, jobs)):
+            options.progress("fit", at, len(jobs))
+            notes.refusals += refusals
+            if found:
+                table[found[0].site] = found
+    options.progress("fit", len(jobs), len(jobs))
     return table
-
-
-# ---------------------------------------------------------------------------- options and sites
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Call | None:

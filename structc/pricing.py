@@ -11,11 +11,12 @@ import torch
 from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
 from structc.errors import InternalError
-from structc.families import BY_NAME, Dense
+from structc.families import BY_NAME, Dense, LowRank
 from structc.forms import Form, PackedDense, Tile
 from structc.options import Log, Options, Progress, forced, proposals
 from structc.records import Candidate, LinearSite, Plan, Price, Refusal, Sites
 
+_BASELINES = (Dense.name, LowRank.name)
 WORTH = 0.98
 """A structured form must take less than this share of the best dense time to be fitted at all."""
 
@@ -59,27 +60,56 @@ def price(sites: Sites, options: Options, notes: Log) -> Prices:
 def worth_fitting(
     site: LinearSite, prices: Prices, options: Options, notes: Log
 ) -> list[tuple[str, Mapping[str, int], Price]]:
-    """The proposals of a site that are faster than dense; the others become refusals."""
-    proposals = []
-    for (name, family, hyper), (_, price) in prices.items():
+    """The proposals of a site that can pay; the others become refusals.
+
+    Not worth a fit: a form that is no faster than the best dense kernel; and, unless the effort is
+    full, a form that a low-rank product with more parameters outruns (measured on trained weights,
+    other families gain at most about a tenth of the error at equal parameters).
+    """
+    if forced(site, options) is not None or options.budget.params is not None:
+        return [
+            (family, dict(hyper), cost)
+            for (name, family, hyper), (_, cost) in prices.items()
+            if name == site.name
+        ]
+    kept = []
+    for (name, family, hyper), (request, cost) in prices.items():
         if name != site.name:
             continue
-        asked = forced(site, options)
-        if family != Dense.name and asked is None and price.latency_ms > WORTH * price.baseline_ms:
-            if options.budget.params is None:
-                text = ", ".join(f"{k} {v}" for k, v in hyper)
-                notes.refusals.append(
-                    Refusal(
-                        site.name,
-                        family,
-                        "NOT_FASTER",
-                        f"{text}: {price.latency_ms:.3g} ms, the best dense kernel "
-                        f"({price.baseline}) takes {price.baseline_ms:.3g} ms",
-                    )
-                )
-                continue
-        proposals.append((family, dict(hyper), price))
-    return proposals
+        reason = None if family == Dense.name else _not_faster(cost)
+        if reason is None and options.effort != "full" and family not in _BASELINES:
+            reason = _outrun(request, cost, site, prices)
+        if reason is None:
+            kept.append((family, dict(hyper), cost))
+            continue
+        text = ", ".join(f"{k} {v}" for k, v in hyper)
+        notes.refusals.append(Refusal(site.name, family, reason[0], f"{text}: {reason[1]}"))
+    return kept
+
+
+def _not_faster(cost: Price) -> tuple[str, str] | None:
+    if cost.latency_ms <= WORTH * cost.baseline_ms:
+        return None
+    return "NOT_FASTER", (
+        f"{cost.latency_ms:.3g} ms, the best dense kernel ({cost.baseline}) takes "
+        f"{cost.baseline_ms:.3g} ms"
+    )
+
+
+def _outrun(
+    request: Request, cost: Price, site: LinearSite, prices: Prices
+) -> tuple[str, str] | None:
+    for (name, family, hyper), (other, price_) in prices.items():
+        if name != site.name or family != LowRank.name:
+            continue
+        # compared as ratios to the dense time of the same round: rounds differ, ratios do not
+        faster = price_.speedup >= cost.speedup
+        if faster and other.form.params >= request.form.params:
+            return "OUTRUN", (
+                f"{cost.speedup:.2f}x over dense with {request.form.params} parameters; low rank "
+                f"{dict(hyper)['rank']} reaches {price_.speedup:.2f}x with {other.form.params}"
+            )
+    return None
 
 
 def priced_only(site: LinearSite, prices: Prices, options: Options, notes: Log) -> list[Candidate]:
