@@ -14,7 +14,8 @@ from structc.settings import VARIABLES
 EPILOG = "\n\n".join(
     [
         f"Exit codes: {MEANINGS}.",
-        "Environment: " + "; ".join(f"{name}: {what}" for name, what in VARIABLES.items()) + ".",
+        "Environment:",
+        *(f"  {name}: {what}" for name, what in VARIABLES.items()),
     ]
 )
 
@@ -60,4 +61,4 @@ def structc_(
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="structc")

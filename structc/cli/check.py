@@ -269,10 +269,10 @@ def _verify_text(data: Mapping[str, Any]) -> str:
         [
             f"{data['artifact']} is {held} what its report promises.",
             "",
-            f"  compared on      {data['calls']} calls of {data['data']}",
-            f"  relative error   {data['error']:.3g}"
+            f"  compared on          {data['calls']} calls of {data['data']}",
+            f"  relative error       {data['error']:.3g}"
             + ("" if limit is None else f"  (at most {limit:.3g})"),
-            f"  {data['metric']:<15}  {data['metric_dense']:.4g} -> {data['metric_compiled']:.4g}"
+            f"  {data['metric']:<19}  {data['metric_dense']:.4g} -> {data['metric_compiled']:.4g}"
             + ("" if drop is None else f"  (at most {drop:.2%} less)"),
             "",
             *_table(data["latency"]),

@@ -112,11 +112,8 @@ def _shown(lines: list[Line]) -> str:
 
 def _packages() -> Iterator[Line]:
     """Python and the packages that structc cannot do without."""
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        yield Line("python", BROKEN, f"{version}, at least 3.11 is needed", "Use a newer Python.")
-    else:
-        yield Line("python", OK, f"{version} ({platform.machine()}, {platform.system()})")
+    machine = f"{platform.machine()}, {platform.system()}"
+    yield Line("python", OK, f"{platform.python_version()} ({machine})")
     for name in NEEDED:
         try:
             found = metadata.version(name)

@@ -29,7 +29,9 @@ class Place:
         Errors: :class:`ConfigError` if something else is there, or it cannot be written to.
         """
         try:
-            target = Path(os.path.abspath(out))  # resolve() would replace what a link points to
+            named = out.name not in ("", "..")
+            # resolving OUT itself would write to where a link points
+            target = out.parent.resolve() / out.name if named else out.resolve()
             _check_out(out, target, overwrite=overwrite)
             place = cls(out, target.with_name(f"{target.name}.structc-work"))
             _check_work(place.work)

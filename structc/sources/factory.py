@@ -160,4 +160,4 @@ def _brings_inputs(model: nn.Module) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
