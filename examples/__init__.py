@@ -1,0 +1,1 @@
+"""Programs that show structc at work; each has a main() and runs on two CPU cores."""
