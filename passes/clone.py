@@ -42,7 +42,8 @@ def clone_tree(model: nn.Module) -> nn.Module:
     twins: dict[int, nn.Module] = {}
     buffers: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        twin = module.__class__.__new__(module.__class__)
+        # not the class's own __new__: a GraphModule's makes a new class, without its forward
+        twin = object.__new__(module.__class__)
         twin.__dict__.update(module.__dict__)
         for table in _TABLES:
             if table in module.__dict__:
