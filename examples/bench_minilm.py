@@ -4,7 +4,8 @@
     python examples/bench_minilm.py                   without labels: the exact tier alone
 
 STS-B files are rows of sentence, sentence, score without a header. Fits see the texts of training
-pairs, selection and verification see other training pairs each, the dev set is read once at the end.
+pairs, selection and verification see other training pairs each, the dev set is read once at the
+end.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def load(directory: str | Path = ".models") -> tuple[nn.Module, Any]:
 
 
 def documentation() -> list[str]:
-    """English prose that every Python installation has, in paragraphs, in a fixed shuffled order."""
+    """English prose that every Python installation has: paragraphs in a fixed shuffled order."""
     from pydoc_data.topics import topics
 
     texts = [*topics.values(), *_docstrings()]
@@ -153,9 +153,7 @@ def compare(model: nn.Module, fast: nn.Module, calls: Sequence[dict[str, Tensor]
     first = (near[0][:, 0] == near[1][:, 0]).float().mean()
     shared = (near[0][:, :, None] == near[1][:, None, :]).any(-1).float().mean()
     print(f"\nOn {len(before)} further texts, dense against converted:")
-    print(
-        f"  embeddings          cosine {cosines.mean():.4f} on average, {cosines.min():.4f} at least"
-    )
+    print(f"  embeddings          mean cosine {cosines.mean():.4f}, least {cosines.min():.4f}")
     print(f"  nearest neighbour   the same for {first:.1%} of the texts")
     print(f"  five nearest        {shared:.1%} of them shared")
 

@@ -65,7 +65,8 @@ def split(calls: Sequence[Call]) -> Parts:
     rest = [i for i in order if i not in verify]
     select = rest[k // 2 + 1 :: max(1, len(rest) // k)][:k] or rest[:1]
     fit = [i for i in rest if i not in select]
-    return Parts(*(tuple(calls[i] for i in part) for part in (fit, select, verify)))
+    parts = [tuple(calls[i] for i in part) for part in (fit, select, verify)]
+    return Parts(fit=parts[0], select=parts[1], verify=parts[2])
 
 
 def _halves(call: Call) -> list[Call]:
@@ -101,7 +102,7 @@ def calibrate(
     finite do not count. If all matrices together pass ``memory_mb``, the data are read several
     times, a part of the groups each time, and finished matrices wait on disk.
 
-    Errors: :class:`CalibrationError` if a batch does not fit the model, or if no finite row is left.
+    Errors: :class:`CalibrationError` if a batch does not fit the model, or no finite row is left.
     """
     groups = {site.group: site for site in reversed(sites.linear)}
     calls, dropped = _finite_calls(calls)

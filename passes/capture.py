@@ -72,7 +72,7 @@ def check_supported(model: object) -> None:
             hint="Pass the nn.Module that it was scripted from.",
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise UnsupportedModel(
                 f"model: {name} is a lazy parameter without a shape",
                 hint="Run the model once on real inputs first.",
@@ -162,7 +162,7 @@ def export_region(
         return None, reason
     example = canonical(module, example)
     traced = _for_tracing(example)
-    shapes = ShapesCollection()
+    shapes: Any = ShapesCollection()
     for leaf in pytree.tree_leaves((traced.args, traced.kwargs)):
         if isinstance(leaf, Tensor):
             shapes[leaf] = dict.fromkeys(range(leaf.dim()), Dim.AUTO)

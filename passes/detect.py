@@ -7,6 +7,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 import torch
@@ -25,7 +26,11 @@ _TRANSPOSES = (
     aten.numpy_T.default,
 )
 _SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
-_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.relu_.default: "relu"}
+_ACTIVATIONS: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.relu_.default: "relu",
+}
 
 
 @dataclass
@@ -259,7 +264,7 @@ def _following_activation(node: torch.fx.Node) -> str:
         return "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
     if user.target in (aten.view.default, aten.reshape.default) and len(user.users) == 1:
         return _following_activation(user)  # GPT-2 reshapes between addmm and activation
-    return _ACTIVATIONS.get(user.target, "")  # type: ignore[arg-type]
+    return _ACTIVATIONS.get(user.target, "")
 
 
 def _full(region: Region, name: str) -> str:

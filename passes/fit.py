@@ -128,7 +128,8 @@ def materialise(
     if family == Dense.name:
         parameter = operator.attrgetter(site.weight)(captured.tree)
         dense = Dense(parameter, transposed=site.transposed)
-        dense.bias = old if isinstance(old, nn.Parameter) or old is None else nn.Parameter(old)
+        if old is not None:
+            dense.bias = old if isinstance(old, nn.Parameter) else nn.Parameter(old)
         return dense
     weight = weight_of(captured, site)
     module = fit_one(weight, gram_of(site, profile), family, hyper)

@@ -19,7 +19,7 @@ log = logging.getLogger("structc.race")
 
 ROUNDS = {"quick": 9, "full": 21}
 GAIN = 0.98
-"""Inductor must take less than this share of the plain graph's time to be worth its compile time."""
+"""Inductor must take less than this share of the plain graph's time to be worth compiling."""
 
 
 def race(

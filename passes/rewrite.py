@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,7 +81,8 @@ def _rewrite_graph(
     places: Mapping[str, str],
 ) -> torch.fx.GraphModule:
     owner = tree.get_submodule(region.path)
-    graph = torch.fx.Graph(owning_module=attributes_of(region.graph, owner))
+    held: Any = attributes_of(region.graph, owner)
+    graph = torch.fx.Graph(owning_module=held)
     copied: dict[torch.fx.Node, torch.fx.Node] = {}
     graph.output(graph.graph_copy(region.graph.graph, copied))
     nodes = {old.name: new for old, new in copied.items()}

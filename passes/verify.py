@@ -1,8 +1,8 @@
 """Stage 9, verify: what the product really does, on data that nothing before has used.
 
 The budget is held by rolling back: while it does not hold, the site that costs the most quality for
-the time it saves goes back to dense, and the model is measured again. The original is always a plan,
-so error and metric budgets are always met in the end.
+the time it saves goes back to dense, and the model is measured again. The original is always a
+plan, so error and metric budgets are always met in the end.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def quality_for(
     notes = (
         ()
         if two
-        else (
-            "the metric takes no part of its data to use: selection and verification saw the same data",
-        )
+        else ("the metric takes no part of its data: selection and verification saw the same",)
     )
 
     def value(candidate: nn.Module, part: str) -> float:

@@ -34,10 +34,9 @@ from structc.errors import (
 
 if TYPE_CHECKING:
     from structc import families, metrics
-    from structc.artifact import load
     from structc.budget import Budget
     from structc.compiled import CompiledModel
-    from structc.pipeline import compile, compile_, inspect, reset
+    from structc.pipeline import compile, compile_, inspect, load, reset
     from structc.records import Refusal
     from structc.report import Report
 

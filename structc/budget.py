@@ -18,15 +18,15 @@ class Budget:
     ``numerics.tolerance(dtype)``.
 
     Args:
-        metric: ``metric(model) -> float``, higher is better; or one of :mod:`structc.metrics`, which
-            compare with the original on held-out calibration data. A function with a second
+        metric: ``metric(model) -> float``, higher is better; or one of :mod:`structc.metrics`,
+            which compare with the original on held-out calibration data. A function with a second
             parameter is called with the part of its data to use, ``"select"`` or ``"verify"``, so
             that what selection sees is not what verification measures. None with ``max_drop`` is
             ``similarity_spearman``, or ``kl`` for models that return logits.
         max_drop: relative drop of the metric that is allowed: ``0.01`` or ``"1%"``.
         error: largest relative output error of the whole model.
-        latency: demand on the time of a call, relative to the best dense version: ``"0.8x"``, ``0.8``
-            or ``"80%"``.
+        latency: demand on the time of a call, relative to the best dense version: ``"0.8x"``,
+            ``0.8`` or ``"80%"``.
         params: demand on the parameters of the linear layers that are left: ``"50%"``, ``0.5``.
 
     >>> Budget(max_drop="1%").max_drop, Budget(latency="0.5x").latency, Budget().exact

@@ -45,8 +45,8 @@ class Handle:
 class CompiledModel(nn.Module):
     """A compiled model: an instance of the user's own class with four names more.
 
-    ``report``, ``plan``, ``save(path)`` and ``structc``, the :class:`Handle` that holds them. A name
-    that the user's model has already is left to the model; the handle always has all of them.
+    ``report``, ``plan``, ``save(path)`` and ``structc``, the :class:`Handle` that holds them. A
+    name that the user's model has already is left to the model; the handle always has all of them.
     """
 
     if TYPE_CHECKING:  # given to each product by wrap(), where its own names leave room
@@ -76,7 +76,8 @@ def wrap(tree: nn.Module, handle: Handle) -> CompiledModel:
     names |= {"__module__": base.__module__, "__doc__": base.__doc__, "forward": base.forward}
     # CompiledModel comes last in the method order: nothing of the user's model is hidden by it
     bases = (base,) if issubclass(base, CompiledModel) else (base, CompiledModel)
-    tree.__class__ = type(base)(base.__name__, bases, names)
+    metaclass: Any = type(base)
+    tree.__class__ = metaclass(base.__name__, bases, names)
     tree.__dict__["_structc_handle"] = handle
     return tree  # type: ignore[return-value]
 

@@ -1,8 +1,8 @@
 """Every error that leaves the public API. Imports nothing.
 
 A user's mistake raises a child of :class:`StructcError` whose text says *where*, *what was expected
-and what came*, *why it matters* and *what to do*. "Does not apply here" is never an exception: it is
-a returned :class:`structc.records.Refusal`.
+and what came*, *why it matters* and *what to do*. "Does not apply here" is never an exception: it
+is a returned :class:`structc.records.Refusal`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from structc.errors import InternalError
 
@@ -166,7 +166,7 @@ class Tile:
         for word, inside in _TEXT.findall(text):
             if word not in _STEPS:
                 raise InternalError(f"tile program {text!r}: no step is called {word!r}")
-            values = [v if v.isalpha() or "_" in v else int(v) for v in inside.split(",")]
+            values: list[Any] = [int(v) if v.isdecimal() else v for v in inside.split(",")]
             steps.append(_STEPS[word](*values))
         return Tile(tuple(steps))
 

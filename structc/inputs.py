@@ -18,8 +18,10 @@ def to_call(value: Any) -> Call:
     """A call from a tensor, a tuple or list of positional arguments, a dict, or (tuple, dict).
 
     >>> x = torch.ones(2)
-    >>> len(to_call((x, x)).args), list(to_call({"x": x}).kwargs), len(to_call(((x,), {"k": 1})).args)
-    (2, ['x'], 1)
+    >>> len(to_call((x, x)).args), list(to_call({"x": x}).kwargs)
+    (2, ['x'])
+    >>> len(to_call(((x,), {"k": 1})).args)
+    1
     """
     if isinstance(value, Call):
         return value
@@ -146,7 +148,16 @@ def _each(data: Any) -> Iterator[Call]:
             f"calibration: expected an iterable of batches, got {type(data).__name__}",
             hint="Pass a list or DataLoader of tensors, tuples or dicts, or a function.",
         ) from None
-    for item in items:
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as e:
+            raise CalibrationError(
+                f"calibration: the data raise {type(e).__name__}: {e}",
+                hint="Iterate over them yourself to see where.",
+            ) from e
         yield to_call(item)
 
 

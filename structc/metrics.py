@@ -1,7 +1,7 @@
 """Quality measures without labels: how far a model still does what the original does.
 
-Each is an :class:`Agreement`: it is 1 for equal models and falls from there, so that ``max_drop=0.01``
-reads the same for all of them.
+Each is an :class:`Agreement`: it is 1 for equal models and falls from there, so that
+``max_drop=0.01`` reads the same for all of them.
 """
 
 from __future__ import annotations

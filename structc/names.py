@@ -16,8 +16,10 @@ def matches(pattern: str, name: str) -> bool:
     ``encoder.layer.0``) or a whole suffix (``lm_head``); ``re:`` starts a regular expression that
     must match all of the name.
 
-    >>> matches("lm_head", "model.lm_head"), matches("re:.*mlp.*", "h.0.mlp.up"), matches("up", "cup")
-    (True, True, False)
+    >>> matches("lm_head", "model.lm_head"), matches("re:.*mlp.*", "h.0.mlp.up")
+    (True, True)
+    >>> matches("up", "cup")
+    False
     """
     if pattern.startswith("re:"):
         try:

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from structc.forms import Act, Bias, Block, Permute, Tile
 
 Kernel = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""``(x (rows, in_features), weights) -> (rows, out_features)``; a dense kernel gets [weight, bias]."""
+"""``(x (rows, in_features), weights) -> (rows, out_features)``; dense: weights [weight, bias]."""
 
 _LIB = torch.library.Library("structc", "DEF")
 _LIB.define("tile(Tensor[] inputs, Tensor[] weights, str program) -> Tensor[]")

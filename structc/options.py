@@ -1,4 +1,4 @@
-"""The resolved options of one conversion, the log that its stages leave, and who may be rewritten."""
+"""The resolved options of one conversion, the log of its stages, and who may be rewritten."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,13 +83,14 @@ def compile(
 
     Args:
         model: any ``nn.Module``; it is left as it is, and shares its untouched parameters.
-        example_inputs: of the sizes that matter: a tensor, a tuple, a dict or (tuple, dict). Without
-            any, ``model.dummy_inputs`` or ``model.example_input_array`` serve, else the first call.
+        example_inputs: of the sizes that matter: a tensor, a tuple, a dict or (tuple, dict).
+            Without any, ``model.dummy_inputs`` or ``model.example_input_array`` serve, else the
+            first call.
         calibration: batches in the same forms, a DataLoader, or a function that returns them; the
             last third is kept for selection and verification. None: fits know no data.
         budget: what quality may be spent; ``Budget()`` is the exact tier.
-        config: ``{pattern: choice}`` with a family's name, ``{"family": ..., hyper...}`` or None for
-            dense; the first matching pattern counts, ``"_default"`` last.
+        config: ``{pattern: choice}`` with a family's name, ``{"family": ..., hyper...}`` or None
+            for dense; the first matching pattern counts, ``"_default"`` last.
         ignore: patterns of sites that stay as they are.
         effort: ``"none"`` predicts prices and times nothing; ``"quick"``; ``"full"``.
         seed: of everything that is random.
@@ -303,7 +303,7 @@ def _stages(
         raise BudgetNotMet(
             f"{unmet} inside the quality budget",
             result=fast,
-            hint="The best verified model is in .result; allow more max_drop or error, or ask less.",
+            hint="The best verified model is in .result; allow more drop or error, or ask less.",
         )
     return fast
 
@@ -393,7 +393,8 @@ def _place(tree: nn.Module, module: nn.Module) -> str:
 def _materialise_meta(tree: nn.Module) -> None:
     """Give meta tensors a place in memory, unread: export wants a device, loading the values."""
     for module in tree.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and tensor.is_meta:
                     empty = torch.empty_like(tensor, device="cpu")
@@ -436,8 +437,8 @@ def _empty_module(tree: nn.Module, site: LinearSite, plan: Plan) -> AbstractFami
 
 
 def _assign(tree: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Put an artifact's tensors into a tree of clones; ties stay ties, nothing shared is written."""
-    known = {n: t for n, t in (*tree.named_parameters(), *tree.named_buffers())}
+    """Put an artifact's tensors into a tree of clones; ties stay, no shared tensor is written."""
+    known = dict((*tree.named_parameters(), *tree.named_buffers()))
     if known.keys() != state.keys():
         odd = sorted(known.keys() ^ state.keys())[:3]
         raise ArtifactMismatch(f"load: the model and the artifact disagree about {', '.join(odd)}")
@@ -479,7 +480,8 @@ def _deferred(model: nn.Module, options: Options, calibration: Any) -> CompiledM
         self.__class__ = fast.__class__
         return self(*args, **kwargs)
 
-    tree.__class__ = type(base)(base.__name__, (base, CompiledModel), {"forward": forward})
+    metaclass: Any = type(base)
+    tree.__class__ = metaclass(base.__name__, (base, CompiledModel), {"forward": forward})
     return tree  # type: ignore[return-value]
 
 
@@ -532,9 +534,9 @@ def _public_boundary(options: Options | None) -> Iterator[None]:
             f"interrupted; finished work is kept in {options.work_dir}",
             hint="Run the same command again to continue.",
         ) from None
-    except (AssertionError, KeyError, IndexError, AttributeError, TypeError) as e:
-        if sys.exc_info()[2] is None:
-            raise
+    except MemoryError:
+        raise
+    except Exception as e:
         raise InternalError(
             f"structc broke a promise of its own: {type(e).__name__}: {e}",
             hint="Please report this with the model's class and the full traceback.",

@@ -1,4 +1,4 @@
-"""Stage 4 and its end: what is asked of the tuner, what is worth fitting, which kernels are bound."""
+"""Stage 4: what is asked of the tuner, what is worth fitting, which kernels are bound."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def worth_fitting(
             for (name, family, hyper), (_, cost) in prices.items()
             if name == site.name
         ]
-    kept = []
+    kept: list[tuple[str, Mapping[str, int], Price]] = []
     for (name, family, hyper), (request, cost) in prices.items():
         if name != site.name:
             continue

@@ -221,7 +221,7 @@ def _natural(value: Any) -> int:
 
 
 def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]) -> None:
-    """The model must have every weight that the artifact rewrote, in the same shape, and all others.
+    """The model must have every weight that the artifact rewrote, in its shape, and all others.
 
     Errors: :class:`ArtifactMismatch`, with the first differences.
     """
@@ -239,11 +239,11 @@ def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]
             wrong.append(f"{site.weight} is {own.get(site.weight)}, the artifact has {want}")
         if site.module:
             gone.add(site.weight)
-    for name, shape in own.items():
+    for name, have in own.items():
         if name not in gone and name not in saved:
             wrong.append(f"{name} is not in the artifact")
-        elif name in saved and name not in gone and saved[name] != shape:
-            wrong.append(f"{name} is {shape}, the artifact has {saved[name]}")
+        elif name in saved and name not in gone and saved[name] != have:
+            wrong.append(f"{name} is {have}, the artifact has {saved[name]}")
     if wrong:
         raise ArtifactMismatch(
             f"load: the artifact was made for another model ({manifest['model']}): "

@@ -95,16 +95,16 @@ def _swap(work: Path, target: Path) -> None:
     """Put the new folder in place; the old one is kept until the new one is there."""
     if target.exists():
         old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-        os.replace(target, old / "artifact")
+        target.replace(old / "artifact")
         try:
-            os.replace(work, target)
+            work.replace(target)
         except OSError:
-            os.replace(old / "artifact", target)
+            (old / "artifact").replace(target)
             raise
         finally:
             shutil.rmtree(old, ignore_errors=True)
     else:
-        os.replace(work, target)
+        work.replace(target)
     _sync(target.parent)
 
 

@@ -50,6 +50,7 @@ class AbstractFamily(nn.Module, abc.ABC):
     """
 
     name: ClassVar[str]
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -179,7 +179,7 @@ def _descend(wb: Tensor, gram: Tensor, rank: int, start: Factors) -> Factors:
     Row groups decouple; column blocks are swept. With E = W - M, the best block a for fixed others
     is the truncation of ``W_a + [(E C)_a - E_a A] A^+`` in the metric A = C_aa.
     """
-    k, j, _, i = wb.shape
+    k, _, _, i = wb.shape
     cb = gram.reshape(k, i, k, i).transpose(1, 2)  # (k, k, i, i)
     metrics = cb[range(k), range(k)]
     inverses = torch.linalg.pinv(metrics, hermitian=True)
