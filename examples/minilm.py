@@ -160,7 +160,7 @@ def compare(model: nn.Module, fast: nn.Module, calls: Sequence[dict[str, Tensor]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, report, compare, save, and load again."""
-    from structc.cli_progress import progress_bars
+    from structc.cli.session import progress_bars
 
     import structc
 
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load(options.models)
     texts = documentation()
     calibration, further = texts[:512], texts[512:812]
-    with progress_bars() as progress:
+    with progress_bars(wanted=True) as progress:
         fast = structc.compile(
             model,
             example(),

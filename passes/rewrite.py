@@ -140,3 +140,8 @@ def _activation_node(node: torch.fx.Node) -> torch.fx.Node | None:
         if node.target not in (aten.view.default, aten.reshape.default):
             return None
     return None
+
+
+def place_of(tree: nn.Module, module: nn.Module) -> str:
+    """The name of a module in a tree."""
+    return next(name for name, m in tree.named_modules() if m is module)

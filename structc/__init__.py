@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from structc import families, metrics
     from structc.budget import Budget
     from structc.compiled import CompiledModel
-    from structc.pipeline import compile, compile_, inspect, load, reset
+    from structc.pipeline import compile, compile_, inspect, reset
     from structc.records import Refusal
+    from structc.reload import load
     from structc.report import Report
 
 __version__ = "0.1.0"
@@ -50,7 +51,7 @@ _LAZY = {
     "compile": "structc.pipeline",
     "compile_": "structc.pipeline",
     "inspect": "structc.pipeline",
-    "load": "structc.pipeline",
+    "load": "structc.reload",
     "reset": "structc.pipeline",
 }
 _MODULES = ("families", "metrics")

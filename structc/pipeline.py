@@ -8,42 +8,35 @@ from __future__ import annotations
 import logging
 import resource
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from structc import artifact, ops, settings
+from structc import ops, settings
+from structc.boundary import public_boundary
 from structc.budget import Budget
 from structc.compiled import CompiledModel, Handle, handle_of, wrap
 from structc.errors import (
-    ArtifactMismatch,
     BudgetNotMet,
     ConfigError,
-    InternalError,
-    Interrupted,
-    StructcError,
 )
-from structc.families import BY_NAME, AbstractFamily, Dense
 from structc.hardware import target
 from structc.inputs import calibration_calls, to_call
 from structc.options import EFFORTS, Log, Options, Progress, keep, one_of
 from structc.passes import trial
 from structc.passes.calibrate import Parts, calibrate, split
-from structc.passes.capture import capture, check_supported, export_region, preserved_buffers
+from structc.passes.capture import capture, check_supported, preserved_buffers
 from structc.passes.clone import clone_tree
 from structc.passes.detect import detect
 from structc.passes.fit import fit_candidates, one_thread_each
 from structc.passes.profile_time import time_shares
-from structc.passes.race import compile_view
-from structc.passes.rewrite import Product, rewrite
+from structc.passes.rewrite import place_of
 from structc.passes.select import Table
 from structc.passes.verify import unmet_demand
-from structc.pricing import Prices, bind_all, bind_saved, in_plan, price, priced_only, worth_fitting
+from structc.pricing import Prices, bind_all, in_plan, price, priced_only, worth_fitting
 from structc.records import (
     Call,
     Candidate,
@@ -52,11 +45,11 @@ from structc.records import (
     Plan,
     Profile,
     Refusal,
-    Region,
     Sites,
     Verification,
 )
 from structc.report import Report, build_report
+from structc.trace import dump
 from structc.workdir import WorkDir, hash_calls, hash_tensors
 
 log = logging.getLogger("structc")
@@ -120,7 +113,7 @@ def compile(
         verify,
         progress or (lambda *_: None),
     )
-    with _public_boundary(options):
+    with public_boundary(options.work_dir):
         check_supported(model)
         known = handle_of(model)
         if known is not None:
@@ -171,7 +164,7 @@ def inspect(
         False,
         progress or (lambda *_: None),
     )
-    with _public_boundary(options):
+    with public_boundary(options.work_dir):
         check_supported(model)
         example = _example(model, example_inputs)
         if example is None:
@@ -188,44 +181,6 @@ def inspect(
             prices = price(sites, options, notes)
         table = {s.name: priced_only(s, prices, options, notes) for s in sites.linear}
         return _report(model, sites, {}, None, table, None, None, options, notes)
-
-
-def load(path: str | Path, model: nn.Module) -> CompiledModel:
-    """Load what :meth:`CompiledModel.save` wrote.
-
-    Args:
-        path: the artifact's folder.
-        model: gives the code only; its weights are not read and may be on the meta device.
-
-    Returns:
-        A compiled model with the artifact's weights. Graphs are exported again from the model's
-        code and used where they are the ones that were compiled; kernels are built again.
-
-    Errors: :class:`ArtifactCorrupt`, :class:`ArtifactVersion`, :class:`ArtifactMismatch`.
-    """
-    with _public_boundary(None):
-        manifest, state, report = artifact.read(path)
-        sites, plan = artifact.sites_from(manifest, Path(path))
-        artifact.check_same_model(model, sites, manifest)
-        tree = clone_tree(model).eval()
-        _materialise_meta(tree)
-        regions = _regions_again(tree, manifest, Path(path))
-        captured = Captured(tree, Call((), {}), regions, None, {}, ())
-        replaced = set(manifest["replaced"])
-        modules = {
-            site.name: _empty_module(tree, site, plan)
-            for site in sites.linear
-            if site.name in replaced
-        }
-        product = rewrite(captured, sites, modules)
-        _assign(product.tree, state)
-        for refusal in bind_saved(manifest["kernels"]):
-            log.warning("load: %s: %s", refusal.site, refusal.reason)
-        _run_as(product, manifest["runner"])
-        kernels = tuple(manifest["kernels"])
-        places = {n: _place(product.tree, m) for n, m in product.replaced.items()}
-        handle = Handle(report, plan, sites, regions, kernels, manifest["runner"], places)
-        return wrap(product.tree, handle)
 
 
 def reset() -> None:
@@ -264,29 +219,38 @@ def _stages(
     budget, stage = options.budget, notes.stage
     with stage("capture"):
         captured = capture(model, example)
+    dump("capture", captured)
     work = WorkDir(options.work_dir, _fingerprint(model, calls, options))
     with stage("detect"):
         sites = keep(detect(captured), options, notes)
+    dump("detect", sites)
     with stage("calibrate"):
         profile = _calibrate(captured, sites, parts, options, work, notes)
+    dump("calibrate", profile)
     with stage("price"):
         prices = price(sites, options, notes)
         shares = time_shares(captured, sites)
+    dump("price", {" ".join(map(str, k)): p for k, (_, p) in prices.items()})
     with stage("fit"):
         table = _fit(captured, sites, prices, profile, options, work, notes)
+    dump("fit", table)
     with stage("select"):
         lab = trial.Lab(model, captured, sites, profile, parts, budget, work)
         kernels = bind_all(table, sites, notes)
         plan = trial.select_plan(lab, table, options.progress)
+    dump("select", plan)
     with stage("rewrite"):
         product = lab.product(plan, table)
+    dump("rewrite", [r.region for r in product.runners])
     with stage("verify"):
         product, plan, verification = trial.verify_product(
             lab, table, plan, product, effort=options.effort, verify=options.verify
         )
+    dump("verify", verification)
     notes.notes += [*plan.notes, *verification.notes]
     notes.refusals += captured.refusals
     report = _report(model, sites, shares, profile, table, plan, verification, options, notes)
+    dump("report", report.to_dict())
     handle = Handle(
         report,
         plan,
@@ -294,7 +258,7 @@ def _stages(
         captured.regions,
         tuple(k for k in kernels if in_plan(k, plan)),
         verification.runner,
-        {name: _place(product.tree, module) for name, module in product.replaced.items()},
+        {name: place_of(product.tree, module) for name, module in product.replaced.items()},
         weakref.ref(model),
     )
     fast = wrap(product.tree, handle)
@@ -383,88 +347,6 @@ def _fingerprint(model: nn.Module, calls: list[Call], options: Options) -> dict[
     }
 
 
-def _place(tree: nn.Module, module: nn.Module) -> str:
-    return next(name for name, m in tree.named_modules() if m is module)
-
-
-# ---------------------------------------------------------------------------- loading
-
-
-def _materialise_meta(tree: nn.Module) -> None:
-    """Give meta tensors a place in memory, unread: export wants a device, loading the values."""
-    for module in tree.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is not None and tensor.is_meta:
-                    empty = torch.empty_like(tensor, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    table[name] = (
-                        nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                    )
-
-
-def _regions_again(tree: nn.Module, manifest: Mapping[str, Any], path: Path) -> tuple[Region, ...]:
-    """Export the regions of an artifact from the model's code; only the same graphs are used."""
-    regions = []
-    for data in manifest["regions"]:
-        where, digest, guards, leaves = artifact.guards_from(data, path)
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, guards.spec)
-        module = tree.get_submodule(where)
-        region, reason = export_region(module, where, Call(args, kwargs), check=False)
-        if region is None or region.hash != digest:
-            log.warning("load: the graph of %r is another one now (%s): not used", where, reason)
-            continue
-        regions.append(replace(region, guards=guards))
-    return tuple(regions)
-
-
-def _empty_module(tree: nn.Module, site: LinearSite, plan: Plan) -> AbstractFamily:
-    choice = plan.choices[site.name]
-    family = BY_NAME[choice.family]
-    if family is Dense:
-        shape = (site.out_features, site.in_features)
-        made: AbstractFamily = Dense(
-            torch.empty(shape[::-1] if site.transposed else shape, dtype=site.dtype),
-            transposed=site.transposed,
-        )
-    else:
-        made = family.empty(site.in_features, site.out_features, choice.hyper, site.dtype)
-        made.transposed = site.transposed  # type: ignore[assignment]
-    if site.bias is not None:
-        made.bias = nn.Parameter(torch.empty(site.out_features, dtype=site.dtype))
-    return made.eval()
-
-
-def _assign(tree: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Put an artifact's tensors into a tree of clones; ties stay, no shared tensor is written."""
-    known = dict((*tree.named_parameters(), *tree.named_buffers()))
-    if known.keys() != state.keys():
-        odd = sorted(known.keys() ^ state.keys())[:3]
-        raise ArtifactMismatch(f"load: the model and the artifact disagree about {', '.join(odd)}")
-    new: dict[int, torch.Tensor] = {}
-    for name, old in known.items():
-        if tuple(old.shape) != tuple(state[name].shape):
-            raise ArtifactMismatch(
-                f"load: {name} is {tuple(old.shape)}, the artifact has {tuple(state[name].shape)}"
-            )
-        value = state[name]
-        is_parameter = isinstance(old, nn.Parameter)
-        new[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
-    for module in tree.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    table[name] = new[id(tensor)]  # type: ignore[assignment]
-
-
-def _run_as(product: Product, way: str) -> None:
-    for runner in product.runners:
-        runner.active = way != "modules"
-        if way == "inductor" and runner.region.path == "":
-            runner.compiled = compile_view(runner)
-
-
 # ---------------------------------------------------------------------------- edges
 
 
@@ -474,7 +356,7 @@ def _deferred(model: nn.Module, options: Options, calibration: Any) -> CompiledM
     base = type(tree)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _public_boundary(options):
+        with public_boundary(options.work_dir):
             fast = _convert(model, Call(args, kwargs), calibration, options)
         self.__dict__ = fast.__dict__
         self.__class__ = fast.__class__
@@ -518,26 +400,3 @@ def _report(
         packed_bytes=ops.derived_bytes(),
         notes=notes.notes,
     )
-
-
-@contextmanager
-def _public_boundary(options: Options | None) -> Iterator[None]:
-    """Only StructcError and its children leave; a broken promise of ours says so."""
-    try:
-        yield
-    except StructcError:
-        raise
-    except KeyboardInterrupt:
-        if options is None or options.work_dir is None:
-            raise
-        raise Interrupted(
-            f"interrupted; finished work is kept in {options.work_dir}",
-            hint="Run the same command again to continue.",
-        ) from None
-    except MemoryError:
-        raise
-    except Exception as e:
-        raise InternalError(
-            f"structc broke a promise of its own: {type(e).__name__}: {e}",
-            hint="Please report this with the model's class and the full traceback.",
-        ) from e

@@ -1,0 +1,140 @@
+"""Loading an artifact into a model's code: the other end of :mod:`structc.artifact`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from structc import artifact
+from structc.boundary import public_boundary
+from structc.compiled import CompiledModel, Handle, wrap
+from structc.errors import ArtifactMismatch
+from structc.families import BY_NAME, AbstractFamily, Dense
+from structc.passes.capture import export_region
+from structc.passes.clone import clone_tree
+from structc.passes.race import compile_view
+from structc.passes.rewrite import Product, place_of, rewrite
+from structc.pricing import bind_saved
+from structc.records import Call, Captured, LinearSite, Plan, Region
+
+log = logging.getLogger("structc")
+
+
+def load(path: str | Path, model: nn.Module) -> CompiledModel:
+    """Load what :meth:`CompiledModel.save` wrote.
+
+    Args:
+        path: the artifact's folder.
+        model: gives the code only; its weights are not read and may be on the meta device.
+
+    Returns:
+        A compiled model with the artifact's weights. Graphs are exported again from the model's
+        code and used where they are the ones that were compiled; kernels are built again.
+
+    Errors: :class:`ArtifactCorrupt`, :class:`ArtifactVersion`, :class:`ArtifactMismatch`.
+    """
+    with public_boundary():
+        manifest, state, report = artifact.read(path)
+        sites, plan = artifact.sites_from(manifest, Path(path))
+        artifact.check_same_model(model, sites, manifest)
+        tree = clone_tree(model).eval()
+        _materialise_meta(tree)
+        regions = _regions_again(tree, manifest, Path(path))
+        captured = Captured(tree, Call((), {}), regions, None, {}, ())
+        replaced = set(manifest["replaced"])
+        modules = {
+            site.name: _empty_module(tree, site, plan)
+            for site in sites.linear
+            if site.name in replaced
+        }
+        product = rewrite(captured, sites, modules)
+        _assign(product.tree, state)
+        for refusal in bind_saved(manifest["kernels"]):
+            log.warning("load: %s: %s", refusal.site, refusal.reason)
+        _run_as(product, manifest["runner"])
+        kernels = tuple(manifest["kernels"])
+        places = {n: place_of(product.tree, m) for n, m in product.replaced.items()}
+        handle = Handle(report, plan, sites, regions, kernels, manifest["runner"], places)
+        return wrap(product.tree, handle)
+
+
+def _materialise_meta(tree: nn.Module) -> None:
+    """Give meta tensors a place in memory, unread: export wants a device, loading the values."""
+    for module in tree.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    table[name] = (
+                        nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                    )
+
+
+def _regions_again(tree: nn.Module, manifest: Mapping[str, Any], path: Path) -> tuple[Region, ...]:
+    """Export the regions of an artifact from the model's code; only the same graphs are used."""
+    regions = []
+    for data in manifest["regions"]:
+        where, digest, guards, leaves = artifact.guards_from(data, path)
+        args, kwargs = pytree.tree_unflatten(leaves, guards.spec)
+        module = tree.get_submodule(where)
+        region, reason = export_region(module, where, Call(args, kwargs), check=False)
+        if region is None or region.hash != digest:
+            log.warning("load: the graph of %r is another one now (%s): not used", where, reason)
+            continue
+        regions.append(replace(region, guards=guards))
+    return tuple(regions)
+
+
+def _empty_module(tree: nn.Module, site: LinearSite, plan: Plan) -> AbstractFamily:
+    choice = plan.choices[site.name]
+    family = BY_NAME[choice.family]
+    if family is Dense:
+        shape = (site.out_features, site.in_features)
+        made: AbstractFamily = Dense(
+            torch.empty(shape[::-1] if site.transposed else shape, dtype=site.dtype),
+            transposed=site.transposed,
+        )
+    else:
+        made = family.empty(site.in_features, site.out_features, choice.hyper, site.dtype)
+        made.transposed = site.transposed  # type: ignore[assignment]
+    if site.bias is not None:
+        made.bias = nn.Parameter(torch.empty(site.out_features, dtype=site.dtype))
+    return made.eval()
+
+
+def _assign(tree: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put an artifact's tensors into a tree of clones; ties stay, no shared tensor is written."""
+    known = dict((*tree.named_parameters(), *tree.named_buffers()))
+    if known.keys() != state.keys():
+        odd = sorted(known.keys() ^ state.keys())[:3]
+        raise ArtifactMismatch(f"load: the model and the artifact disagree about {', '.join(odd)}")
+    new: dict[int, torch.Tensor] = {}
+    for name, old in known.items():
+        if tuple(old.shape) != tuple(state[name].shape):
+            raise ArtifactMismatch(
+                f"load: {name} is {tuple(old.shape)}, the artifact has {tuple(state[name].shape)}"
+            )
+        value = state[name]
+        is_parameter = isinstance(old, nn.Parameter)
+        new[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
+    for module in tree.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = new[id(tensor)]  # type: ignore[assignment]
+
+
+def _run_as(product: Product, way: str) -> None:
+    for runner in product.runners:
+        runner.active = way != "modules"
+        if way == "inductor" and runner.region.path == "":
+            runner.compiled = compile_view(runner)
