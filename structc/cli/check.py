@@ -322,6 +322,7 @@ def bench(
         saved_report(Path(what))
     import structc
     from structc.hardware import target
+    from structc.inputs import describe
     from structc.passes.verify import baselines
     from structc.sources import load_source
 
@@ -335,17 +336,16 @@ def bench(
         calls["structc"] = _caller(fast, example)
     for sentence in notes:
         note(sentence)
-    from structc.inputs import describe
-
+    rows = _timed(calls, rounds)
     data = {
         "model": what if against is None else against,
         "artifact": None if against is None else what,
         "inputs": describe(example),
         "target": target().to_dict(),
-        "latency": _timed(calls, rounds),
+        "latency": rows,
         "notes": notes,
     }
-    return Answer(data, "\n".join([f"{data['inputs']}", "", *_table(data["latency"])]))
+    return Answer(data, "\n".join([f"inputs {describe(example)}", "", *_table(rows)]))
 
 
 def _pair(source: Source, fast: nn.Module) -> dict[str, Callable[[], object]]:

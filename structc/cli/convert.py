@@ -124,7 +124,7 @@ def convert(
       structc convert model.py:make -o out --budget error=0.05,latency=0.8x --ignore head
     """
     place = Place.checked(out, overwrite=overwrite)
-    options = {"ignore": ignore or (), "effort": effort}
+    options: dict[str, Any] = {"ignore": ignore or (), "effort": effort}
     forced = read_config(config)
     from structc.sources import load_source
 
@@ -138,6 +138,8 @@ def convert(
             return _dry_run(source, place, _with_metric(allowed, source), forced, options)
         if not resume:
             place.start_over()
+        if place.has_work:
+            note(f"continuing the work in {place.work}")
         with place.work_in_progress():
             source = load_source(model, text, trust=trust)
             _tell(source)

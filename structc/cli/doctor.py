@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+import structc
 from structc import settings
 from structc.cli import flags
 from structc.cli.session import Answer, command
@@ -212,11 +213,13 @@ def _kernels() -> Iterator[Line]:
 
 def _self_test() -> dict[str, float | str] | str:
     """What the self-test says, or how it died. It builds anew, in a cache folder of its own."""
+    own = str(Path(structc.__file__).parent.parent)  # a checkout that is not installed works too
+    path = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory(prefix="structc-doctor-") as folder:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "structc.cli.selftest"],
-                env={**os.environ, "STRUCTC_CACHE_DIR": folder},
+                env={**os.environ, "STRUCTC_CACHE_DIR": folder, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

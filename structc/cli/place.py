@@ -40,6 +40,13 @@ class Place:
             raise ConfigError(f"OUT {str(out)!r} cannot be used: {e}") from None
         return place
 
+    @property
+    def has_work(self) -> bool:
+        """Whether there is unfinished work: more than the fingerprint of the options."""
+        if not self.work.is_dir():
+            return False
+        return any(not p.name.startswith((".", WORK_MANIFEST)) for p in self.work.iterdir())
+
     def start_over(self) -> None:
         """Forget unfinished work."""
         shutil.rmtree(self.work, ignore_errors=True)
@@ -55,7 +62,7 @@ class Place:
                 hint="Repeat the command that was interrupted, or start over with --no-resume.",
             ) from None
         except (Interrupted, KeyboardInterrupt):
-            if not self._has_work():
+            if not self.has_work:
                 self.start_over()
                 raise Interrupted(
                     "interrupted before anything was finished", hint="Run the same command again."
@@ -65,16 +72,10 @@ class Place:
                 hint="Run the same command again to continue, or add --no-resume to start over.",
             ) from None
         except StructcError:
-            if not self._has_work():
+            if not self.has_work:
                 self.start_over()
             raise
         self.start_over()
-
-    def _has_work(self) -> bool:
-        """Whether there is more than the fingerprint of the options."""
-        if not self.work.is_dir():
-            return False
-        return any(not p.name.startswith((".", WORK_MANIFEST)) for p in self.work.iterdir())
 
 
 def _check_out(out: Path, target: Path, *, overwrite: bool) -> None:

@@ -49,7 +49,7 @@ def from_factory(file: Path, function: str) -> Source:
         return _source(where, found)
     if not callable(found):
         raise ConfigError(
-            f"MODEL {where!r}: expected a function, got a {type(found).__name__}", hint=RETURNS
+            f"MODEL {where!r}: expected a function, got {type(found).__name__}", hint=RETURNS
         )
     with _user_code(where, "calling it without arguments"):
         made = found()

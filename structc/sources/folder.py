@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from structc.errors import ConfigError, StructcError, UnsupportedModel
 from structc.inputs import signature_of
@@ -18,6 +18,7 @@ from structc.sources.texts import BUILT_IN, read_texts
 SAMPLES, BATCH, LENGTH = 128, 8, 128
 """Defaults of --nsamples, --batch-size and, at most, of --seqlen."""
 ROUND_TO = 8
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "merges.txt")
 OWN_FACTORY = "Write a file.py with a function that loads it, and give file.py:function."
 
 
@@ -104,7 +105,7 @@ def _model(transformers: Any, path: Path) -> Any:
 def _class_of(transformers: Any, config: Any) -> Any:
     """The class that the folder names, if transformers has it for this configuration."""
     for name in config.architectures or ():
-        kind = getattr(transformers, name, None) if str(name).isidentifier() else None
+        kind: Any = getattr(transformers, name, None) if str(name).isidentifier() else None
         is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if is_model and kind.config_class is type(config):
             return kind
@@ -112,6 +113,12 @@ def _class_of(transformers: Any, config: Any) -> Any:
 
 
 def _tokenizer(transformers: Any, path: Path) -> Any:
+    if not any(True for pattern in VOCABULARIES for _ in path.glob(pattern)):
+        # transformers would make one without words, to which every text is unknown
+        raise ConfigError(
+            f"MODEL {str(path)!r}: there is no tokenizer in it",
+            hint=f"Copy it there. {OWN_FACTORY}",
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
@@ -148,9 +155,9 @@ def _limit(model: Any, tokenizer: Any) -> int:
 class _Batches:
     """Batches of one model's inputs."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, limit: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, limit: int) -> None:
         self.tokenizer, self.limit = tokenizer, limit
-        self.is_causal = type(model).__name__.endswith("ForCausalLM")
+        self.is_causal = model.can_generate()  # encoder-decoders are refused before
         taken = signature_of(model).parameters
         self.names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in taken]
 
