@@ -81,9 +81,12 @@ class Runner:
 
         return Runner(self.region, copy.deepcopy(self.owner, memo))
 
+    def _hooked(self) -> bool:
+        return any(self._hooks) and any(_live(hook) for t in self._hooks for hook in t.values())
+
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The region's output, or MISS."""
-        if not self.active or module.training or _wants_tree() or any(self._hooks):
+        if not self.active or module.training or _wants_tree() or self._hooked():
             return MISS
         try:
             call = canonical_of(module, args, kwargs)
@@ -177,3 +180,15 @@ def _wants_gradient(leaves: list[Any], owner: nn.Module) -> bool:
 
 def _hook_tables(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks
+
+
+def _live(hook: Any) -> bool:
+    """Whether a hook may do something now.
+
+    transformers leaves its hooks on a model from which hidden states were asked for once; they do
+    nothing while nobody collects, and a call that collects has arguments that the guards know.
+    """
+    if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+        return True
+    collector = hook.__globals__.get("_active_collector")
+    return collector is None or collector.get() is not None
