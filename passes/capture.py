@@ -54,7 +54,7 @@ def capture(model: nn.Module, example: Call, *, graphs: bool = True) -> Captured
     region, reason = export_region(tree, "", example)
     if region is not None:
         return Captured(tree, example, (region,), None, rows, ())
-    refusals = [Refusal("", "capture", "EXPORT", f"the whole model does not export: {reason}")]
+    refusals = [Refusal("model", "capture", "EXPORT", f"the whole model does not export: {reason}")]
     regions = list(_partial_regions(tree, calls, refusals))
     return Captured(tree, example, tuple(regions), _analysis(tree, example), rows, tuple(refusals))
 

@@ -23,7 +23,11 @@ GAIN = 0.98
 
 
 def race(
-    model: nn.Module, example: Call, product: Product, effort: str
+    model: nn.Module,
+    example: Call,
+    product: Product,
+    effort: str,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[str, dict[str, Timed], list[str]]:
     """Choose the fastest way to run the product's regions, then time it beside the baselines.
 
@@ -41,10 +45,15 @@ def race(
     if effort == "none":
         return ("graph" if product.runners else "modules"), {}, []
     notes: list[str] = []
+    progress("baselines", 0, 3)
     way = _fastest_way(example, product, notes)
+    progress("baselines", 1, 3)
     dense, more = baselines(model, example, compiled=True)
+    progress("baselines", 2, 3)
     calls = {**dense, "structc": _caller(product.tree, example)}
-    return way, interleaved(calls, rounds=ROUNDS[effort], min_sample_ms=5.0), [*notes, *more]
+    latency = interleaved(calls, rounds=ROUNDS[effort], min_sample_ms=5.0)
+    progress("baselines", 3, 3)
+    return way, latency, [*notes, *more]
 
 
 def _fastest_way(example: Call, product: Product, notes: list[str]) -> str:

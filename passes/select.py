@@ -35,7 +35,7 @@ def choose(
 ) -> Plan | None:
     """The best choice of one candidate a site.
 
-    minimise    sum latency   (or sum (sensitivity * error)^2, with ``least="error"``)
+    minimise    sum latency   (or sum params, or sum (sensitivity * error)^2: ``least``)
     subject to  one candidate a site;  sum (sensitivity * error)^2 <= error^2;
                 sum latency <= latency_ms;  sum params <= params.
 
@@ -56,9 +56,10 @@ def choose(
             scale = max(float(values.max()), 1e-300)  # the solver's tolerances are absolute
             constraints.append(LinearConstraint(values[None] / scale, -np.inf, limit / scale))
     usable = np.isfinite(squares)
-    goal = cost if least == "latency" else np.where(usable, squares, 0.0)
+    errors = np.where(usable, squares, 0.0)
+    goal = {"latency": cost, "params": sizes, "error": errors}[least]
     # among plans of one cost, the one of least error: a small second term decides ties
-    other = np.where(usable, squares, 0.0) if least == "latency" else cost
+    other = cost if least == "error" else errors
     goal = goal / max(goal.max(), 1e-300) + 1e-6 * other / max(other.max(), 1e-300)
     result = milp(
         goal,
@@ -108,6 +109,7 @@ def search(
     allowed: float,
     power: float,
     params: float = math.inf,
+    least: str = "latency",
     evaluations: int = 8,
 ) -> Plan:
     """The fastest plan whose measured loss of quality stays within a limit.
@@ -125,13 +127,15 @@ def search(
     dense = choose(table, sensitivity, error=0.0)
     assert dense is not None
     best, points = dense, [PlanPoint(dense.predicted_ms, dense.predicted_error, 0.0)]
-    loosest = choose(table, sensitivity, params=params)
+    loosest = choose(table, sensitivity, params=params, least=least)
     top = 0.0 if loosest is None else loosest.predicted_error
     low, high = 0.0, top * 1.001
     at = min(high, allowed if power == 1 else 3.0 * allowed**0.5)
     tried: set[str] = set()
     for _ in range(evaluations):
-        plan = choose(table, sensitivity, error=at, params=params) if at > 0 else None
+        plan = None
+        if at > 0:
+            plan = choose(table, sensitivity, error=at, params=params, least=least)
         key = str(plan and sorted((s, str(c)) for s, c in plan.choices.items()))
         if plan is None or key in tried:
             break
@@ -140,8 +144,7 @@ def search(
         points.append(PlanPoint(plan.predicted_ms, plan.predicted_error, value))
         if value <= allowed:
             low = max(low, at)
-            if plan.predicted_ms <= best.predicted_ms:
-                best = plan
+            best = plan if least == "params" or plan.predicted_ms <= best.predicted_ms else best
         else:
             high = min(high, at)
         if at >= top or high < 1.02 * low:

@@ -162,8 +162,24 @@ def select_plan(lab: Lab, table: Table, progress: Progress) -> Plan:
         params=params,
         evaluations=EVALUATIONS,
     )
+    if params < math.inf and _size(plan, table) > params:
+        # what is asked for costs too much quality: as few parameters as quality allows
+        plan = search(
+            table,
+            sensitivity,
+            measured,
+            allowed=allowed,
+            power=1 if lab.quality is None else 2,
+            least="params",
+            evaluations=EVALUATIONS,
+        )
     progress("select", EVALUATIONS, EVALUATIONS)
     return plan
+
+
+def _size(plan: Plan, table: Table) -> int:
+    """Parameters of the linear layers that a plan leaves."""
+    return sum(chosen_of(plan, table, site).params for site in plan.choices)
 
 
 def _loss(lab: Lab, table: Table, plan: Plan) -> float:
@@ -231,7 +247,14 @@ def _probe(call: Call) -> Call:
 
 
 def verify_product(
-    lab: Lab, table: Table, plan: Plan, product: Product, *, effort: str, verify: bool
+    lab: Lab,
+    table: Table,
+    plan: Plan,
+    product: Product,
+    *,
+    effort: str,
+    verify: bool,
+    progress: Progress,
 ) -> tuple[Product, Plan, Verification]:
     """Measure on unused data, roll back until the budget holds, then time against the baselines.
 
@@ -244,6 +267,7 @@ def verify_product(
     tolerance = _tolerance(lab)
     rolled: list[str] = []
     while True:
+        progress("verify", len(rolled), len(rolled) + len(product.replaced) + 1)
         error = lab.error(product, "verify")
         metric = dense = None
         if lab.quality is not None:
@@ -257,7 +281,9 @@ def verify_product(
         log.info("rolled back %s: error %.3g, metric %s", batch, error, metric)
         plan = _rolled_back(plan, table, batch)
         product = lab.product(plan, table, lab.untouched | untouched)
-    runner, latency, notes = race(lab.captured.tree, lab.captured.example, product, effort)
+    runner, latency, notes = race(
+        lab.captured.tree, lab.captured.example, product, effort, progress
+    )
     if product.replaced and budget.params is None and _slower(latency):
         ours, eager = latency["structc"], latency["eager"]
         notes.append(

@@ -57,6 +57,11 @@ def keep(sites: Sites, options: Options, notes: Log) -> Sites:
     dropped: set[str] = set()
     for pattern in options.ignore:
         dropped |= set(names.select(pattern, known, "ignore"))
+    if options.budget.exact and any(c not in (None, Dense.name) for c in options.config.values()):
+        raise ConfigError(
+            "config: structured forms are asked for, the budget takes exact rewrites alone",
+            hint="Give a budget that they may spend: Budget(max_drop=0.01) or Budget(error=0.05).",
+        )
     for pattern in options.config:
         if pattern != "_default":
             names.select(pattern, known, "config")
@@ -106,7 +111,14 @@ def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapp
     if name == Dense.name:
         return
     if asked:
-        yield name, {k: int(v) for k, v in asked.items()}
+        for key, value in asked.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(
+                    f"config: {site.name} asks for {name} with {key} {value!r}",
+                    hint="Hyper-parameters are whole numbers, {'family': 'low_rank', 'rank': 64}.",
+                    layer=site.name,
+                )
+        yield str(name), {str(key): int(value) for key, value in asked.items()}
         return
     for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
         yield name, hyper

@@ -54,6 +54,8 @@ from structc.workdir import WorkDir, hash_calls, hash_tensors
 
 log = logging.getLogger("structc")
 
+_CHANGED_BY_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
 
 # ---------------------------------------------------------------------------- public functions
 
@@ -175,6 +177,7 @@ def inspect(
         notes = Log()
         with notes.stage("capture"):
             captured = capture(model, example)
+            notes.refusals += captured.refusals
         with notes.stage("detect"):
             sites = keep(detect(captured), options, notes)
         with notes.stage("price"):
@@ -193,7 +196,7 @@ def reset() -> None:
 
 def _convert(model: nn.Module, example: Call, calibration: Any, options: Options) -> CompiledModel:
     notes, modes = Log(), [(m, m.training) for m in model.modules()]
-    if any(training for _, training in modes):
+    if any(training and isinstance(m, _CHANGED_BY_TRAINING) for m, training in modes):
         notes.notes.append("the model was in train mode: it was compiled as in eval mode")
     calls = [] if calibration is None else calibration_calls(calibration)
     parts = split(calls) if calls else Parts((), (example,), (example,))
@@ -218,7 +221,9 @@ def _stages(
 ) -> CompiledModel:
     budget, stage = options.budget, notes.stage
     with stage("capture"):
+        options.progress("capture", 0, 1)
         captured = capture(model, example)
+        options.progress("capture", 1, 1)
     dump("capture", captured)
     work = WorkDir(options.work_dir, _fingerprint(model, calls, options))
     with stage("detect"):
@@ -244,7 +249,13 @@ def _stages(
     dump("rewrite", [r.region for r in product.runners])
     with stage("verify"):
         product, plan, verification = trial.verify_product(
-            lab, table, plan, product, effort=options.effort, verify=options.verify
+            lab,
+            table,
+            plan,
+            product,
+            effort=options.effort,
+            verify=options.verify,
+            progress=options.progress,
         )
     dump("verify", verification)
     notes.notes += [*plan.notes, *verification.notes]
@@ -383,7 +394,7 @@ def _report(
         model_name=type(model).__name__,
         target=target(),
         options={
-            "budget": options.budget.to_dict(),
+            "budget": options.budget.to_dict() if plan is not None else {},
             "effort": options.effort,
             "seed": options.seed,
             "ignore": list(options.ignore),
