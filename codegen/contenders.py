@@ -91,6 +91,7 @@ def dense_contenders(
     found = [Contender("aten"), Contender("onednn")]
     if dtype != torch.float32:
         return found
+    found.append(Contender("mkl"))
     tiles = {_default_tile(rows)} if effort == "quick" else {16, 32, 64, 128}
     if rows > 128:
         tiles.add(128)

@@ -1,6 +1,7 @@
 """Dense kernels: what every structured form has to beat.
 
 ``aten``    ``F.linear`` and the activation, as eager PyTorch runs them (MKL on most machines);
+``mkl``     the weight packed once for MKL and for one number of rows, as frozen graphs have it;
 ``onednn``  the weight packed once for oneDNN, activation fused;
 ``tile``    the emitted one-factor kernel, bias and activation fused.
 
@@ -21,7 +22,7 @@ from structc.codegen.cpu import tile
 from structc.forms import Act, Bias, Block, PackedDense, Tile
 from structc.records import Refusal
 
-KERNELS = ("aten", "onednn", "tile")
+KERNELS = ("aten", "mkl", "onednn", "tile")
 _FUSED: dict[str, tuple[str, str]] = {
     "": ("none", ""),
     "gelu": ("gelu", "none"),
@@ -54,6 +55,8 @@ def make(
     match kernel:
         case "aten":
             return _aten(form.activation, transposed)
+        case "mkl":
+            return _mkl(form.activation, dtype, rows, transposed)
         case "onednn":
             return _onednn(form.activation, dtype, rows, transposed)
         case "tile":
@@ -67,6 +70,43 @@ def _aten(act: str, transposed: bool) -> ops.Kernel:
         return ops.dense_reference(x, weights[0], bias, act, transposed)
 
     return run
+
+
+def _mkl(act: str, dtype: torch.dtype, rows: int, transposed: bool) -> ops.Kernel | Refusal:
+    if dtype != torch.float32:
+        return Refusal("", "mkl", "UNAVAILABLE", f"MKL packs float32 weights, not {dtype}")
+    if transposed:
+        return Refusal("", "mkl", "UNAVAILABLE", "the weight is stored (in_features, out_features)")
+    if not _has_mkl():
+        return Refusal("", "mkl", "UNAVAILABLE", "this PyTorch has no MKL")
+    linear, pack_for = torch.ops.mkl._mkl_linear.default, torch.ops.mkl._mkl_reorder_linear_weight
+    activate = ops.ACTIVATION[act]
+    reference = _aten(act, transposed)
+
+    def pack(weight: Tensor) -> Tensor:
+        return pack_for(weight.contiguous(), rows)
+
+    def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        if x.shape[0] != rows or any(w.dtype != dtype for w in weights):
+            return reference(x, weights)  # packed for one number of rows
+        bias = weights[1] if len(weights) > 1 else None
+        packed = ops.derived(weights[0], f"mkl{rows}", pack)
+        return activate(linear(x, packed, weights[0], bias, rows))
+
+    return run
+
+
+@lru_cache(maxsize=1)
+def _has_mkl() -> bool:
+    """Whether MKL's packed product is there and right; tried once."""
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        w, x = torch.ones(8, 16), torch.ones(4, 16)
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(w, 4)
+        return bool((torch.ops.mkl._mkl_linear(x, packed, w, None, 4) == 16).all())
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
 
 
 def _onednn(act: str, dtype: torch.dtype, rows: int, transposed: bool) -> ops.Kernel | Refusal:

@@ -118,16 +118,18 @@ def derived(weight: Tensor, tag: str, make: Callable[[Tensor], Any]) -> Any:
 
 def derived_bytes() -> int:
     """Bytes that packed copies of weights take now."""
-    return sum(t.nbytes for _, made in _derived.values() for t in made.values() if _strided(t))
+    return sum(_bytes(value) for _, made in _derived.values() for value in made.values())
 
 
-def _strided(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+def _bytes(value: object) -> int:
+    if not isinstance(value, Tensor):
+        return 0
+    return value.numel() * value.element_size()  # oneDNN's tensors have no storage to ask
 
 
 # ---------------------------------------------------------------------------- references
 
-_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -154,7 +156,7 @@ def tile_reference(x: Tensor, weights: Sequence[Tensor], program: str) -> Tensor
             case Bias():
                 x = x + next(left)
             case Act(fn, _):
-                x = _ACTIVATION[fn](x)
+                x = ACTIVATION[fn](x)
     return x
 
 
@@ -170,7 +172,7 @@ def dense_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
 ) -> Tensor:
     """``act(x @ W.T + b)`` in plain ATen; a transposed weight is stored (in, out)."""
-    return _ACTIVATION[act](F.linear(x, weight.t() if transposed else weight, bias))
+    return ACTIVATION[act](F.linear(x, weight.t() if transposed else weight, bias))
 
 
 # ---------------------------------------------------------------------------- implementations
