@@ -291,7 +291,7 @@ def _checked(module: nn.Module, region: Region, traced: Call) -> tuple[Region | 
 
     def agrees(wanted: dict[str, int]) -> bool | None:
         """Whether both give the same; None if the module itself cannot run there."""
-        resized = _resized(leaves, region.guards, wanted)
+        resized = resize_inputs(leaves, region.guards, wanted)
         args, kwargs = pytree.tree_unflatten(resized, spec)
         with torch.no_grad(), preserved_buffers(module):
             try:
@@ -327,7 +327,7 @@ def _with_ranges(region: Region, ranges: dict[str, tuple[int, int]]) -> Region:
     return replace(region, guards=replace(region.guards, ranges=ranges))
 
 
-def _resized(leaves: list[Any], guards: Guards, sizes: dict[str, int]) -> list[Any]:
+def resize_inputs(leaves: list[Any], guards: Guards, sizes: dict[str, int]) -> list[Any]:
     """Inputs of other sizes, made by repeating or cutting the given ones."""
     out = []
     for leaf, guard in zip(leaves, guards.leaves, strict=True):

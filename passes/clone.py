@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,14 +61,19 @@ def clone_tree(model: nn.Module) -> nn.Module:
         for name, value in module.__dict__.items():
             if name not in _TABLES:
                 twin.__dict__[name] = _point_into(value, twins)
+            elif "hooks" in name:
+                twin.__dict__[name].update({k: _point_into(f, twins) for k, f in value.items()})
     return twins[id(model)]
 
 
-def _point_into(value: Any, twins: dict[int, nn.Module]) -> Any:
+def _point_into(value: Any, twins: Mapping[int, nn.Module]) -> Any:
     if isinstance(value, nn.Module):
         return twins.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in twins:
-        return types.MethodType(value.__func__, twins[id(value.__self__)])
+        new = twins[id(value.__self__)]
+        if type(new) is type(value.__self__):
+            return types.MethodType(value.__func__, new)
+        return getattr(new, value.__func__.__name__, value)
     if type(value) in (list, tuple):
         moved = [_point_into(v, twins) for v in value]
         changed = any(a is not b for a, b in zip(moved, value, strict=True))
@@ -78,10 +84,14 @@ def _point_into(value: Any, twins: dict[int, nn.Module]) -> Any:
     return value
 
 
-def replace_module(tree: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of all occurrences of the module called ``name``."""
-    old = tree.get_submodule(name)
+def replace_modules(tree: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of those so named, wherever the tree or its attributes hold them."""
+    moved = {id(tree.get_submodule(name)): module for name, module in new.items()}
+    if not moved:
+        return
     for parent in list(tree.modules()):
         for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+            parent._modules[key] = moved.get(id(child), child)
+        for key, value in parent.__dict__.items():
+            if key not in _TABLES:
+                parent.__dict__[key] = _point_into(value, moved)

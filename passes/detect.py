@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class Use:
     ref: NodeRef
     weight: str
     bias: str | None
+    leaf: str
+    """Path of the module in whose code the product stands."""
     transposed: bool
     source: str
     activation: str
@@ -64,15 +67,18 @@ def detect(captured: Captured) -> Sites:
     Sound because: a product counts only if its weight operand is a parameter itself, or a
         transposed view of one; anything computed from parameters is left alone.
     Skips when:   the leaf has hooks, parametrizations or a ``forward`` of its own; the weight is
-        not floating point; no example call reaches it. Each skip is a :class:`Refusal`.
+        not floating point; no example call reaches it; one weight is used in two orientations or
+        with two biases. Each skip is a :class:`Refusal`.
     """
     graphs = list(captured.regions)
     if captured.analysis is not None:
         graphs.append(captured.analysis)
     found: dict[str, Found] = defaultdict(Found)
+    owners = _Owners(captured.tree)
     for region in graphs:
         for use in linear_uses(region):
-            found[use.weight].uses.append(use)
+            if owners.canonical(use):
+                found[use.weight].uses.append(use)
     modules = dict(captured.tree.named_modules())
     refusals: list[Refusal] = []
     for name, module in modules.items():
@@ -165,6 +171,7 @@ def linear_uses(region: Region) -> Iterator[Use]:
             ref=NodeRef(region.path, node.name),
             weight=_full(region, name),
             bias=bias,
+            leaf=_full(region, _leaf_of(node)),
             transposed=transposed,
             source=f"{region.path}:{_source(x).name}",
             activation=_following_activation(node),
@@ -271,6 +278,38 @@ def _full(region: Region, name: str) -> str:
     return f"{region.path}.{name}" if region.path else name
 
 
+def _leaf_of(node: torch.fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    return re.sub(r"@\d+", "", path).removeprefix("L['self']").lstrip(".")
+
+
+class _Owners:
+    """Which parameter a name in a graph stands for.
+
+    Export keeps one name of a parameter that has several. The layer whose code the product stands
+    in tells tied layers apart; a layer that the model has at two places counts at the first.
+    """
+
+    def __init__(self, tree: nn.Module) -> None:
+        first = {id(m): name for name, m in tree.named_modules()}
+        every = list(tree.named_modules(remove_duplicate=False))
+        self.leaves = {name: first[id(m)] for name, m in every if is_linear_leaf(m)}
+        self.ids = {n: id(p) for n, p in tree.named_parameters(remove_duplicate=False)}
+        self.names = {id(p): n for n, p in tree.named_parameters()}
+
+    def canonical(self, use: Use) -> bool:
+        """Give a use the names that sites have; False if its operands are no parameters."""
+        if use.weight not in self.ids or (use.bias is not None and use.bias not in self.ids):
+            return False  # a constant in the code, or a buffer that may change
+        weight = self.ids[use.weight]
+        leaf = f"{self.leaves.get(use.leaf, '')}.weight"
+        use.weight = leaf if self.ids.get(leaf) == weight else self.names[weight]
+        if use.bias is not None:
+            use.bias = self.names[self.ids[use.bias]]
+        return True
+
+
 # ---------------------------------------------------------------------------- sites
 
 
@@ -305,9 +344,13 @@ def _site(
             )
         return None
     tensor = operator.attrgetter(weight)(captured.tree)
-    transposed = uses[0].transposed if module is None else _is_conv1d(module)
+    transposed = item.uses[0].transposed if module is None else _is_conv1d(module)
     m, n = tensor.shape[::-1] if transposed else tensor.shape
-    bias = _bias_name(item, module)
+    bias = item.uses[0].bias if module is None else _own_bias(captured.tree, module)
+    if any((u.transposed, u.bias) != (transposed, bias) for u in item.uses):
+        reason = f"its {len(item.uses)} uses differ in orientation or bias"
+        refusals.append(Refusal(item.module or weight, "detect", "MIXED", reason))
+        return None
     activations = {u.activation for u in uses}
     tags = set()
     if module is None:
@@ -339,11 +382,9 @@ def _analysis_only(captured: Captured, use: Use) -> bool:
     return use.ref.region == "" and all(r.path != "" for r in captured.regions)
 
 
-def _bias_name(item: Found, module: nn.Module | None) -> str | None:
-    if module is not None:
-        return f"{item.module}.bias" if module._parameters.get("bias") is not None else None
-    names = {u.bias for u in item.uses}
-    return names.pop() if len(names) == 1 else None
+def _own_bias(tree: nn.Module, module: nn.Module) -> str | None:
+    bias = module._parameters.get("bias")
+    return next((n for n, p in tree.named_parameters() if p is bias), None)
 
 
 def _tied(tree: nn.Module, weight: str, tensor: Tensor) -> bool:

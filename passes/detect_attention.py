@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from structc.records import AttentionSite, Captured, NodeRef, Region
+from structc.passes.capture import resize_inputs
+from structc.records import AttentionSite, Captured, DimGuard, NodeRef, Region
 
 log = logging.getLogger("structc.detect")
 aten = torch.ops.aten
@@ -31,6 +32,7 @@ _BETWEEN = (
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
     aten.where.self,
+    aten.where.ScalarOther,
     aten.dropout.default,
     aten.to.dtype,
     aten._to_copy.default,
@@ -88,17 +90,22 @@ def _spelled_out(
     captured: Captured,
     masks: dict[torch.fx.Node, str],
 ) -> AttentionSite | None:
-    scores, scale, mask = softmax.args[0], None, None
+    scores, scale = softmax.args[0], None
+    found: list[tuple[Any, bool]] = []  # masks, and whether True stands for what is hidden
     while isinstance(scores, torch.fx.Node) and scores.target in _BETWEEN:
         rest = scores.args[1] if len(scores.args) > 1 else None
         if scores.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(rest, (int, float)):
-            scale = float(rest)
+            scale = float(rest) * (scale or 1.0)
         elif scores.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(rest, (int, float)):
-            scale = 1.0 / float(rest)
-        elif (
-            scores.target is aten.add.Tensor and isinstance(rest, torch.fx.Node)
-        ) or scores.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-            mask = rest
+            scale = (scale or 1.0) / float(rest)
+        elif scores.target is aten.add.Tensor and isinstance(rest, torch.fx.Node):
+            found.append((rest, False))
+        elif scores.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            found.append((rest, True))
+        elif scores.target in (aten.where.self, aten.where.ScalarOther):
+            found.append((scores.args[0], False))
+            scores = scores.args[1]
+            continue
         scores = scores.args[0]
     product = softmax
     while True:
@@ -116,7 +123,11 @@ def _spelled_out(
         return None
     q, k = scores.args[:2]
     assert isinstance(q, torch.fx.Node) and isinstance(k, torch.fx.Node)
-    kind = "none" if mask is None else _mask_kind(mask, region, captured, masks)
+    kind = "none"
+    if found:  # of several masks each hides what the others show
+        (mask, hides), several = found[0], len(found) > 1
+        one = _mask_kind(mask, region, captured, masks, hides=hides)
+        kind = "data_dependent" if several else one
     return AttentionSite(
         name=_module_of(softmax, region),
         node=NodeRef(region.path, softmax.name),
@@ -167,19 +178,49 @@ def _kv_heads(k: Any) -> int:
 
 
 def _mask_kind(
-    mask: Any, region: Region, captured: Captured, known: dict[torch.fx.Node, str]
+    mask: Any,
+    region: Region,
+    captured: Captured,
+    known: dict[torch.fx.Node, str],
+    *,
+    hides: bool = False,
 ) -> str:
+    """What a mask is at the example's sizes and at twice its length: a window that is longer than
+    the example looks causal there alone."""
     if not isinstance(mask, torch.fx.Node):
         return "data_dependent"
     if mask not in known:
-        value = _evaluate(mask, region, captured)
-        known[mask] = "data_dependent" if value is None else classify_mask(value)
+        leaves = pytree.tree_leaves((region.example.args, region.example.kwargs))
+        kinds = []
+        for inputs in (leaves, _longer(leaves, region)):
+            value = None if inputs is None else _evaluate(mask, region, captured, inputs)
+            if value is not None:
+                kinds.append(classify_mask(~value if hides else value))
+        if set(kinds) == {"causal", "sliding_window"}:
+            known[mask] = "sliding_window"
+        else:
+            known[mask] = kinds[0] if len(set(kinds)) == 1 else "data_dependent"
     return known[mask]
 
 
-def _evaluate(node: torch.fx.Node, region: Region, captured: Captured) -> Tensor | None:
-    """The mask's value on the inputs that the region was exported from."""
-    leaves = pytree.tree_leaves((region.example.args, region.example.kwargs))
+def _longer(leaves: list[Any], region: Region) -> list[Any] | None:
+    """The example with every free length doubled, the batch as it is; None if none is free."""
+    sizes: dict[str, int] = {}
+    for leaf, guard in zip(leaves, region.guards.leaves, strict=True):
+        if isinstance(guard, DimGuard):
+            for at, dim in enumerate(guard.dims):
+                if isinstance(dim, str):
+                    size = leaf.shape[at] * (2 if at else 1)
+                    sizes[dim] = min(sizes.get(dim, size), size, region.guards.ranges[dim][1])
+    longer = resize_inputs(leaves, region.guards, sizes)
+    same = [getattr(a, "shape", None) == getattr(b, "shape", None) for a, b in zip(leaves, longer)]
+    return None if all(same) else longer
+
+
+def _evaluate(
+    node: torch.fx.Node, region: Region, captured: Captured, leaves: list[Any]
+) -> Tensor | None:
+    """The mask's value on flat inputs of the region."""
     needed: set[torch.fx.Node] = set()
     stack = [node]
     while stack:
@@ -221,9 +262,10 @@ def _step(at: torch.fx.Node, values: dict[Any, Any], owner: Any, region: Region)
 def classify_mask(mask: Tensor) -> str:
     """What a mask does, by its values.
 
-    Boolean masks are True where attention is allowed; additive ones are about zero there. Returns
-    ``all_true``, ``causal``, ``padding`` (depends on the key alone), ``causal_padding``,
-    ``sliding_window`` or ``data_dependent``. ``causal`` is said only for an exact lower triangle.
+    Boolean masks are True where attention is allowed; additive ones are zero there, else they are
+    a ``bias``. Returns ``all_true``, ``causal``, ``padding`` (depends on the key alone),
+    ``causal_padding``, ``sliding_window`` or ``data_dependent``.
+    ``causal`` is said only for an exact lower triangle.
 
     >>> classify_mask(torch.ones(4, 4, dtype=torch.bool).tril())
     'causal'
@@ -233,10 +275,9 @@ def classify_mask(mask: Tensor) -> str:
     if mask.dtype == torch.bool:
         allowed = mask
     else:
-        low = mask.amin()
-        if bool(low > -1e3) and not bool((mask == 0).all()):
-            return "bias"
         allowed = mask > -1e3
+        if bool((mask[allowed] != 0).any()):
+            return "bias"
     rows, keys = allowed.shape[-2:]
     if bool(allowed.all()):
         return "all_true"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from structc.families import AbstractFamily, Dense
-from structc.passes.clone import clone_tree, replace_module
+from structc.passes.clone import clone_tree, replace_modules
 from structc.passes.region import Runner, attributes_of, install, view_of
 from structc.records import Captured, LinearSite, Region, Sites
 
@@ -50,11 +50,9 @@ def rewrite(captured: Captured, sites: Sites, modules: Mapping[str, AbstractFami
     places: dict[str, str] = {}
     for name, module in modules.items():
         site = by_name[name]
-        if site.module:
-            replace_module(tree, site.module, module)
-            places[name] = site.module
-        else:
-            places[name] = _adopt(tree, site, module)
+        places[name] = site.module or _adopt(tree, site, module)
+    leaves = {by_name[n].module: m for n, m in modules.items() if by_name[n].module}
+    replace_modules(tree, leaves)
     runners = []
     for region in captured.regions:
         graph = _rewrite_graph(region, tree, by_name, modules, places)

@@ -86,7 +86,7 @@ def test_control_flow_keeps_both_branches(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_does_not_export_says_why() -> None:
     _, captured = captured_of("branches")
     (refusal,) = captured.refusals
-    assert (refusal.site, refusal.code) == ("", "EXPORT")
+    assert (refusal.site, refusal.code) == ("model", "EXPORT")
     assert "does not export" in refusal.reason and len(refusal.reason) < 400
 
 
