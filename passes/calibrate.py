@@ -307,7 +307,7 @@ def _watch_region(
     """
     wanted: dict[str, str] = {}
     for group, site in groups.items():
-        for ref in site.nodes[:1]:
+        for ref in site.nodes:
             if ref.region == region.path:
                 wanted[ref.node] = group
     if not wanted:

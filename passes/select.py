@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -51,28 +54,46 @@ def choose(
     rows = [at for at, candidates in enumerate(table.values()) for _ in candidates]
     pick = csr_array((np.ones(len(flat)), (rows, range(len(flat)))))
     constraints = [LinearConstraint(pick, 1, 1)]
+    usable = np.isfinite(squares)
     for values, limit in ((squares, error**2), (cost, latency_ms), (sizes, params)):
         if math.isfinite(limit):
-            scale = max(float(values.max()), 1e-300)  # the solver's tolerances are absolute
-            constraints.append(LinearConstraint(values[None] / scale, -np.inf, limit / scale))
-    usable = np.isfinite(squares)
+            usable &= values <= limit  # the solver's tolerances are absolute: what is left is
+            if limit > 0:  # compared in units of the limit
+                shares = np.where(usable, values, 0.0) / limit
+                constraints.append(LinearConstraint(shares[None], -np.inf, 1.0))
     errors = np.where(usable, squares, 0.0)
     goal = {"latency": cost, "params": sizes, "error": errors}[least]
     # among plans of one cost, the one of least error: a small second term decides ties
     other = cost if least == "error" else errors
     goal = goal / max(goal.max(), 1e-300) + 1e-6 * other / max(other.max(), 1e-300)
-    result = milp(
-        goal,
-        constraints=constraints,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, usable.astype(float)),
-        options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 1e-4},
-    )
+    with _silent_solver():
+        result = milp(
+            goal,
+            constraints=constraints,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, usable.astype(float)),
+            options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 1e-4},
+        )
     if result.x is None:
         return None
     chosen = [c for c, x in zip(flat, result.x, strict=True) if x > 0.5]
     notes = () if result.status == 0 else (f"selection stopped at a gap of {result.mip_gap:.1e}",)
     return plan_of(chosen, table, sensitivity, notes)
+
+
+@contextmanager
+def _silent_solver() -> Iterator[None]:
+    """HiGHS prints about its own heuristics on the process's stdout, which is for data."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def plan_of(
