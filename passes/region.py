@@ -73,6 +73,7 @@ class Runner:
         self.view = view_of(region.graph, owner)
         self.out_spec = region.graph.meta["out_spec"]
         self.compiled: Any = None
+        self.compiled_sizes = example_sizes(region)
         self.active = True
         self._hooks = [t for m in owner.modules() for t in _hook_tables(m) if m is not owner]
 
@@ -97,8 +98,8 @@ class Runner:
         if sizes is None or _wants_gradient(leaves, self.owner):
             return MISS
         code = self.view
-        if self.compiled is not None and min(sizes.values(), default=2) > 1:
-            code = self.compiled  # which would compile again for a size of 1
+        if self.compiled is not None and sizes == self.compiled_sizes:
+            code = self.compiled  # which would compile again for any other size
         flat = code(*leaves)
         return pytree.tree_unflatten(flat, self.out_spec)
 
@@ -164,6 +165,12 @@ def bind_sizes(guards: Guards, leaves: list[Any], spec: Any) -> dict[str, int] |
         if not low <= size <= high:
             return None
     return sizes
+
+
+def example_sizes(region: Region) -> dict[str, int] | None:
+    """The sizes of the call that a region was exported from."""
+    leaves, spec = pytree.tree_flatten((region.example.args, region.example.kwargs))
+    return bind_sizes(region.guards, leaves, spec)
 
 
 def _wants_tree() -> bool:

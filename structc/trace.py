@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structc import settings
-from structc.workdir import write_atomic
+from structc.files import write_atomic
 
 STAGES = (
     "capture",

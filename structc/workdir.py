@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from structc.errors import ArtifactWrite, ResumeMismatch
+from structc.files import write_atomic
 from structc.records import Call
 
 ALGORITHM = 1
@@ -84,35 +83,6 @@ class WorkDir:
 
         if self.path is not None:
             write_atomic(self.path / f"{_file_name(name)}.safetensors", save(tensors))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Errors: :class:`ArtifactWrite` with the bytes that were needed; the temporary file is removed.
-    """
-    handle, name = -1, ""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except OSError as e:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        raise ArtifactWrite(
-            f"{path} cannot be written ({len(data)} bytes): {e.strerror or e}",
-            hint="Free space or choose another folder; nothing that was there is changed.",
-        ) from None
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def _read_json(path: Path) -> Any | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from structc.errors import ArtifactWrite, ConfigError
+from structc.errors import ConfigError
+from structc.files import write_atomic
 from structc.report import data as collect
 from structc.report import schema as schema
 from structc.report.words import headline
@@ -87,7 +87,7 @@ class Report:
                 f"got {path.suffix or 'no suffix'!r}",
                 hint="The suffix says which form to write; pass for example 'report.html'.",
             )
-        _write_atomically(path, writers[path.suffix.lower()]())
+        write_atomic(path, writers[path.suffix.lower()]().encode())
 
     def print_to(self, console: Console) -> None:
         """Print on a rich console, in colour where it has some."""
@@ -211,29 +211,3 @@ def _flat(site: Mapping[str, Any]) -> dict[str, Any]:
         "candidates": len(site["candidates"]),
         "refusals": len(site["refusals"]),
     }
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as e:
-        raise _unwritable(path, e) from e
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)  # mkstemp keeps the file to its owner
-        Path(name).replace(path)
-    except BaseException as e:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise _unwritable(path, e) from e
-        raise
-
-
-def _unwritable(path: Path, reason: OSError) -> ArtifactWrite:
-    return ArtifactWrite(
-        f"report.save({str(path)!r}): cannot write there: {reason.strerror or reason}",
-        hint="Choose a folder that exists, is writable and has room.",
-    )
