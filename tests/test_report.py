@@ -530,7 +530,7 @@ def test_save_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             build().save(path)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-    with pytest.raises(ArtifactWrite, match="cannot write"):
+    with pytest.raises(ArtifactWrite, match="cannot be written"):
         build().save(tmp_path / "absent" / "report.html")
 
 
