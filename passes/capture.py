@@ -144,6 +144,16 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
                     buffer.resize_(value.shape).copy_(value)
 
 
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Give a clone's buffers the values that the original's have now."""
+    own = dict(source.named_buffers())
+    with torch.no_grad():
+        for name, buffer in target.named_buffers():
+            value = own.get(name)
+            if value is not None and not (buffer.shape == value.shape and buffer.equal(value)):
+                buffer.resize_(value.shape).copy_(value)
+
+
 # ---------------------------------------------------------------------------- one export
 
 

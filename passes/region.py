@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +47,16 @@ def view_of(
     return view
 
 
+def without_weights(region: Region) -> Region:
+    """A region for the record: its graph can be read, and keeps no parameter alive."""
+    names = [str(n.target) for n in region.graph.graph.nodes if n.op == "get_attr"]
+    values = {name: operator.attrgetter(name)(region.graph) for name in names}
+    root = {n: v.detach().to("meta") if isinstance(v, Tensor) else v for n, v in values.items()}
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(region.graph.graph, {}))
+    return replace(region, graph=torch.fx.GraphModule(root, graph))
+
+
 def attributes_of(module: torch.fx.GraphModule, owner: nn.Module) -> nn.Module:
     """A bare module with the owner's tables, and the graph's own constants beside them."""
     held = nn.Module()
@@ -69,25 +81,32 @@ class Runner:
 
     def __init__(self, region: Region, owner: nn.Module) -> None:
         self.region = region
-        self.owner = owner
-        self.view = view_of(region.graph, owner)
         self.out_spec = region.graph.meta["out_spec"]
         self.compiled: Any = None
         self.compiled_sizes = example_sizes(region)
         self.active = True
+        self._adopt(owner)
+
+    def _adopt(self, owner: nn.Module) -> None:
+        self.owner: nn.Module | None = owner
+        self.view: Any = view_of(self.region.graph, owner)
         self._hooks = [t for m in owner.modules() for t in _hook_tables(m) if m is not owner]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
-        import copy
-
-        return Runner(self.region, copy.deepcopy(self.owner, memo))
+        twin = copy.copy(self)  # its module is still being copied: adopted at the first call
+        twin.owner = twin.view = twin.compiled = None
+        return twin
 
     def _hooked(self) -> bool:
         return any(self._hooks) and any(_live(hook) for t in self._hooks for hook in t.values())
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The region's output, or MISS."""
-        if not self.active or module.training or _wants_tree() or self._hooked():
+        if not self.active or module.training or _wants_tree():
+            return MISS
+        if module is not self.owner:
+            self._adopt(module)
+        if self._hooked():
             return MISS
         try:
             call = canonical_of(module, args, kwargs)
@@ -95,7 +114,7 @@ class Runner:
             return MISS  # the module itself raises the error that its user knows
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         sizes = bind_sizes(self.region.guards, leaves, spec)
-        if sizes is None or _wants_gradient(leaves, self.owner):
+        if sizes is None or _wants_gradient(leaves, module):
             return MISS
         code = self.view
         if self.compiled is not None and sizes == self.compiled_sizes:

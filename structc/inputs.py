@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from structc.errors import CalibrationError, ConfigError
+from structc.errors import CalibrationError, ConfigError, StructcError
 from structc.records import Call
 
 
@@ -121,14 +121,22 @@ def calibration_calls(data: Any) -> list[Call]:
 
     Errors: :class:`CalibrationError` if there is nothing in it.
     """
-    if callable(data) and not isinstance(data, (Mapping, Iterable)):
-        data = data()
-    if data is None:
+    try:
+        if callable(data) and not isinstance(data, (Mapping, Iterable)):
+            data = data()
+        if data is None:
+            raise CalibrationError(
+                "calibration: the callable returned None",
+                hint="Return an iterable of batches: tensors, tuples or dicts.",
+            )
+        calls = list(_each(data))
+    except StructcError:
+        raise
+    except Exception as e:
         raise CalibrationError(
-            "calibration: the callable returned None",
-            hint="Return an iterable of batches: tensors, tuples or dicts.",
-        )
-    calls = list(_each(data))
+            f"calibration: reading the data failed: {type(e).__name__}: {e}",
+            hint="The error comes from the loader or function that was given.",
+        ) from e
     if not calls:
         raise CalibrationError(
             "calibration: the data are empty, 0 batches",

@@ -28,11 +28,12 @@ from structc.inputs import calibration_calls, to_call
 from structc.options import EFFORTS, Log, Options, Progress, keep, one_of
 from structc.passes import trial
 from structc.passes.calibrate import Parts, calibrate, split
-from structc.passes.capture import capture, check_supported, preserved_buffers
+from structc.passes.capture import capture, check_supported, copy_buffers, preserved_buffers
 from structc.passes.clone import clone_tree
 from structc.passes.detect import detect
 from structc.passes.fit import fit_candidates, one_thread_each
 from structc.passes.profile_time import time_shares
+from structc.passes.region import without_weights
 from structc.passes.rewrite import place_of
 from structc.passes.select import Table
 from structc.passes.verify import unmet_demand
@@ -141,6 +142,9 @@ def compile_(model: nn.Module, example_inputs: Any = None, **options: Any) -> Co
     fast = compile(model, example_inputs, **options)
     model.__dict__ = fast.__dict__
     model.__class__ = fast.__class__
+    handle = handle_of(model)
+    assert handle is not None
+    handle.original = None  # it is this one, and compiled now
     return model  # type: ignore[return-value]
 
 
@@ -257,6 +261,7 @@ def _stages(
             verify=options.verify,
             progress=options.progress,
         )
+    copy_buffers(model, product.tree)  # counters and caches moved while it was measured
     dump("verify", verification)
     notes.notes += [*plan.notes, *verification.notes]
     notes.refusals += captured.refusals
@@ -266,7 +271,7 @@ def _stages(
         report,
         plan,
         sites,
-        captured.regions,
+        tuple(without_weights(region) for region in captured.regions),
         tuple(k for k in kernels if in_plan(k, plan)),
         verification.runner,
         {name: place_of(product.tree, module) for name, module in product.replaced.items()},
