@@ -160,9 +160,8 @@ def compare(model: nn.Module, fast: nn.Module, calls: Sequence[dict[str, Tensor]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, report, compare, save, and load again."""
-    from structc.cli.session import progress_bars
-
     import structc
+    from structc.cli.session import progress_bars
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=".models", help="folder that holds the model")
