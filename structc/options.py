@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,7 +111,7 @@ def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapp
     if name == Dense.name:
         return
     if asked:
-        wanted = _hyper_names(name)
+        wanted = BY_NAME[name].hyper_names()
         if set(asked) != set(wanted):
             raise ConfigError(
                 f"config: {site.name} asks for {name} with {', '.join(map(str, asked))}",
@@ -130,12 +129,6 @@ def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapp
         return
     for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
         yield name, hyper
-
-
-def _hyper_names(family: str) -> list[str]:
-    """What the family's ``fit`` takes beside weight and Gram."""
-    parameters = inspect.signature(BY_NAME[family].fit).parameters.values()  # type: ignore[attr-defined]
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:

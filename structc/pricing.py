@@ -206,7 +206,8 @@ def bind_saved(kernels: Sequence[Mapping[str, Any]]) -> list[Refusal]:
                 transposed=bool(item["transposed"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, InternalError) as e:
-            refusal = Refusal(str(item.get("site", "")), "load", "KERNEL", f"broken entry: {e}")
+            site = str(item.get("site", "")) if isinstance(item, Mapping) else ""
+            refusal = Refusal(site, "load", "KERNEL", f"broken entry: {e}")
         if refusal is not None:
             refusals.append(refusal)
     return refusals

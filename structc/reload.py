@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from torch.utils import _pytree as pytree
 from structc import artifact
 from structc.boundary import public_boundary
 from structc.compiled import CompiledModel, Handle, wrap
-from structc.errors import ArtifactMismatch
+from structc.errors import ArtifactCorrupt, ArtifactMismatch
 from structc.families import BY_NAME, AbstractFamily, Dense
 from structc.passes.capture import export_region
 from structc.passes.clone import clone_tree
 from structc.passes.race import compile_view
+from structc.passes.region import without_weights
 from structc.passes.rewrite import Product, place_of, rewrite
 from structc.pricing import bind_saved
-from structc.records import Call, Captured, LinearSite, Plan, Region
+from structc.records import Call, Captured, LinearSite, Plan, Region, Sites
 
 log = logging.getLogger("structc")
 
@@ -47,6 +49,7 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         tree = clone_tree(model).eval()
         _materialise_meta(tree)
         regions = _regions_again(tree, manifest, Path(path))
+        _check_nodes(regions, sites, Path(path))
         captured = Captured(tree, Call((), {}), regions, None, {}, ())
         replaced = set(manifest["replaced"])
         modules = {
@@ -61,22 +64,26 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         _run_as(product, manifest["runner"])
         kernels = tuple(manifest["kernels"])
         places = {n: place_of(product.tree, m) for n, m in product.replaced.items()}
-        handle = Handle(report, plan, sites, regions, kernels, manifest["runner"], places)
+        kept = tuple(map(without_weights, regions))
+        handle = Handle(report, plan, sites, kept, kernels, manifest["runner"], places)
         return wrap(product.tree, handle)
 
 
 def _materialise_meta(tree: nn.Module) -> None:
     """Give meta tensors a place in memory, unread: export wants a device, loading the values."""
+    made: dict[int, torch.Tensor] = {}  # tied tensors stay one
     for module in tree.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and tensor.is_meta:
-                    empty = torch.empty_like(tensor, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    table[name] = (
-                        nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                    )
+                    if id(tensor) not in made:
+                        empty = torch.empty_like(tensor, device="cpu")
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = (
+                            nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                        )
+                    table[name] = made[id(tensor)]
 
 
 def _regions_again(tree: nn.Module, manifest: Mapping[str, Any], path: Path) -> tuple[Region, ...]:
@@ -85,7 +92,11 @@ def _regions_again(tree: nn.Module, manifest: Mapping[str, Any], path: Path) -> 
     for data in manifest["regions"]:
         where, digest, guards, leaves = artifact.guards_from(data, path)
         args, kwargs = pytree.tree_unflatten(leaves, guards.spec)
-        module = tree.get_submodule(where)
+        try:
+            module = tree.get_submodule(where)
+        except AttributeError:
+            log.warning("load: the model has no %r any more: its graph is not used", where)
+            continue
         region, reason = export_region(module, where, Call(args, kwargs), check=False)
         if region is None or region.hash != digest:
             log.warning("load: the graph of %r is another one now (%s): not used", where, reason)
@@ -94,20 +105,40 @@ def _regions_again(tree: nn.Module, manifest: Mapping[str, Any], path: Path) -> 
     return tuple(regions)
 
 
+_PRODUCTS = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul")
+
+
+def _check_nodes(regions: Sequence[Region], sites: Sites, path: Path) -> None:
+    """A node that a site names must be a product in the graph that it is said to be in."""
+    known = {
+        r.path: {n.name for n in r.graph.graph.nodes if str(n.target).startswith(_PRODUCTS)}
+        for r in regions
+    }
+    for site in sites.linear:
+        for ref in site.nodes:
+            if ref.region in known and ref.node not in known[ref.region]:
+                raise ArtifactCorrupt(
+                    f"artifact: {path}: {site.name} is said to be at {ref.node!r}, no product",
+                    hint="Convert the model again, or fetch the artifact again.",
+                )
+
+
 def _empty_module(tree: nn.Module, site: LinearSite, plan: Plan) -> AbstractFamily:
+    """The family module of a site, its values to be loaded; dense ones keep the model's ties."""
     choice = plan.choices[site.name]
     family = BY_NAME[choice.family]
+    weight = operator.attrgetter(site.weight)(tree)
+    bias = None if site.bias is None else operator.attrgetter(site.bias)(tree)
     if family is Dense:
-        shape = (site.out_features, site.in_features)
-        made: AbstractFamily = Dense(
-            torch.empty(shape[::-1] if site.transposed else shape, dtype=site.dtype),
-            transposed=site.transposed,
-        )
-    else:
-        made = family.empty(site.in_features, site.out_features, choice.hyper, site.dtype)
-        made.transposed = site.transposed  # type: ignore[assignment]
-    if site.bias is not None:
+        made: AbstractFamily = Dense(weight, transposed=site.transposed)
+        made.bias = bias
+        return made.eval()
+    made = family.empty(site.in_features, site.out_features, choice.hyper, site.dtype)
+    made.transposed = site.transposed  # type: ignore[assignment]
+    if bias is not None:
         made.bias = nn.Parameter(torch.empty(site.out_features, dtype=site.dtype))
+    for parameter in made.parameters():
+        parameter.requires_grad_(weight.requires_grad)
     return made.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from structc.artifact.files import (
     dtype_name,
     sha256,
 )
-from structc.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion
+from structc.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, InternalError
 from structc.families import BY_NAME
 from structc.records import Choice, DimGuard, Guards, LinearSite, NodeRef, Plan, Sites
 from structc.report import Report
 
 MOST_BYTES = 64 * 1024 * 1024
 """A larger manifest is not one of ours."""
+MOST_ELEMENTS = 2**28
+"""An example input that is larger is not made again."""
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], Report]:
@@ -72,7 +75,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     data = _json(file)
     version = data.get("schema_version")
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise _corrupt(file, "it has no schema_version")
     if version > SCHEMA:
         raise ArtifactVersion(
@@ -93,6 +96,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(data.get(key), kind):
             raise _corrupt(file, f"{key!r} is missing or not a {kind.__name__}")
+    if data["runner"] not in ("graph", "inductor", "modules"):
+        raise _corrupt(file, f"it names no way to run: {data['runner'][:40]!r}")
     return data
 
 
@@ -148,9 +153,25 @@ def sites_from(manifest: Mapping[str, Any], where: Path) -> tuple[Sites, Plan]:
                 raise ValueError(f"unknown family {choice['family']!r}")
             hyper = {str(k): _natural(v) for k, v in choice["hyper"].items()}
             choices[name] = Choice(choice["family"], hyper)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        held = sum(math.prod(shape) for shape, _ in manifest["state"].values())
+        for site in sites:
+            _check_choice(site, choices[site.name], held)
+        if unknown := set(map(str, manifest["replaced"])) - set(choices):
+            raise ValueError(f"{unknown.pop()!r} is replaced and no site")
+    except (KeyError, TypeError, ValueError, AttributeError, InternalError) as e:
         raise _corrupt(where / MANIFEST, f"a site or choice is broken: {e}") from None
     return Sites(sites, (), ()), Plan(choices)
+
+
+def _check_choice(site: LinearSite, choice: Choice, held: int) -> None:
+    """A choice must be one that the family could make, of no more elements than the file holds."""
+    family, hyper = BY_NAME[choice.family], choice.hyper
+    if set(hyper) != set(family.hyper_names()) or 0 in hyper.values():
+        raise ValueError(f"{site.name}: {choice.family} is not made of {dict(hyper)}")
+    n, m = site.in_features, site.out_features
+    form = family.form_of(n, m, hyper, bias=False, activation="")
+    if (form.in_features, form.out_features) != (n, m) or form.params > held:
+        raise ValueError(f"{site.name}: {form} is not a {m} x {n} matrix of the file's size")
 
 
 def _site_from(data: Mapping[str, Any]) -> LinearSite:
@@ -190,10 +211,13 @@ def guards_from(data: Mapping[str, Any], where: Path) -> tuple[str, str, Guards,
             dtype = getattr(torch, str(leaf["dtype"]))
             dims = tuple(d if isinstance(d, str) else _natural(d) for d in leaf["dims"])
             guards.append(DimGuard(str(leaf["where"]), dims, dtype, str(leaf["device"])))
-            example.append(torch.zeros([_natural(s) for s in leaf["shape"]], dtype=dtype))
+            shape = [_natural(s) for s in leaf["shape"]]
+            if math.prod(shape) > MOST_ELEMENTS:
+                raise ValueError(f"an example input of {shape}")
+            example.append(torch.zeros(shape, dtype=dtype))
         ranges = {str(k): (_natural(a), _natural(b)) for k, (a, b) in data["ranges"].items()}
         return str(data["path"]), str(data["hash"]), Guards(spec, tuple(guards), ranges), example
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as e:
         raise _corrupt(where / MANIFEST, f"a region is broken: {e}") from None
 
 
@@ -226,6 +250,7 @@ def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]
     Errors: :class:`ArtifactMismatch`, with the first differences.
     """
     own = {n: tuple(t.shape) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    every = {n: tuple(t.shape) for n, t in model.named_parameters(remove_duplicate=False)}
     saved = {n: tuple(s) for n, (s, _) in manifest["state"].items()}
     replaced = set(manifest["replaced"])
     wrong: list[str] = []
@@ -235,8 +260,10 @@ def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]
             continue
         shape = (site.out_features, site.in_features)
         want = shape[::-1] if site.transposed else shape
-        if own.get(site.weight) != want:
-            wrong.append(f"{site.weight} is {own.get(site.weight)}, the artifact has {want}")
+        if every.get(site.weight) != want:
+            wrong.append(f"{site.weight} is {every.get(site.weight)}, the artifact has {want}")
+        if site.bias is not None and site.bias not in every:
+            wrong.append(f"{site.bias} is missing")
         if site.module:
             gone.add(site.weight)
     for name, have in own.items():

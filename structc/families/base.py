@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -73,6 +74,12 @@ class AbstractFamily(nn.Module, abc.ABC):
     @abc.abstractmethod
     def empty(cls, in_features: int, out_features: int, hyper: Hyper, dtype: torch.dtype) -> Self:
         """A module of the right shapes with uninitialised factors, to load a state into."""
+
+    @classmethod
+    def hyper_names(cls) -> tuple[str, ...]:
+        """What ``fit`` takes beside weight and Gram."""
+        parameters = inspect.signature(cls.fit).parameters.values()  # type: ignore[attr-defined]
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
     @abc.abstractmethod
     def hyper(self) -> Hyper:
