@@ -40,7 +40,7 @@ def target() -> Target:
     """The machine that this process runs on."""
     facts = _cpuinfo()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
-    name = facts.get("model name", platform.processor() or platform.machine())
+    name = facts.get("model name") or platform.processor() or platform.machine()
     numbers = "/".join(facts[k] for k in ("cpu family", "model", "stepping") if k in facts)
     return Target(
         cpu=f"{name} ({numbers})" if numbers else name,

@@ -173,6 +173,7 @@ def bind_all(
 
 
 def in_plan(binding: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a plan uses the kernel of a binding."""
     choice = plan.choices.get(binding["site"])
     return (
         choice is not None

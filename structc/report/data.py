@@ -71,6 +71,7 @@ def ratio(top: float | None, bottom: float | None) -> float | None:
 
 
 def refusal_data(refusal: Refusal) -> Json:
+    """A refusal as plain data."""
     return {
         "site": refusal.site,
         "family": refusal.family,
@@ -80,6 +81,7 @@ def refusal_data(refusal: Refusal) -> Json:
 
 
 def attention_data(site: AttentionSite) -> Json:
+    """An attention site as plain data."""
     return {
         "name": site.name,
         "spelling": site.spelling,
@@ -93,6 +95,7 @@ def attention_data(site: AttentionSite) -> Json:
 
 
 def candidate_data(candidate: Candidate, dense_params: int) -> Json:
+    """A candidate with its price as plain data."""
     price = candidate.price
     return {
         "family": candidate.family,
@@ -254,6 +257,7 @@ def latency_data(verification: Verification | None) -> list[Json]:
 
 
 def plan_data(plan: Plan | None) -> Json | None:
+    """A plan as plain data; None for a report that has none."""
     if plan is None:
         return None
     return {
@@ -266,6 +270,7 @@ def plan_data(plan: Plan | None) -> Json | None:
 
 
 def verification_data(v: Verification | None) -> Json | None:
+    """A verification as plain data; None where nothing was verified."""
     if v is None:
         return None
     return {
@@ -285,6 +290,7 @@ def verification_data(v: Verification | None) -> Json | None:
 
 
 def profile_data(profile: Profile | None) -> Json | None:
+    """What was calibrated, without the matrices."""
     if profile is None:
         return None
     return {

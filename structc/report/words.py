@@ -59,10 +59,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ms(value: float | None) -> str:
+    """Milliseconds for people."""
     return NONE if value is None else f"{number(value)} ms"
 
 
 def times(value: float | None) -> str:
+    """A factor for people: ``1.25x``."""
     return NONE if value is None else f"{value:.2f}x"
 
 
