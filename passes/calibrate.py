@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -222,7 +223,7 @@ class _Sum:
                 x = x[mask]
             elif x.dim() == 2 and x.shape[0] == mask.numel():
                 x = x[mask.reshape(-1)]
-        x = x.detach().reshape(-1, x.shape[-1])
+        x = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
         finite = torch.isfinite(x).all(1)
         if not bool(finite.all()):

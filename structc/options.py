@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,63 @@ class Options:
     work_dir: Path | None
     verify: bool
     progress: Progress
+
+
+def resolve(
+    *,
+    budget: Any = None,
+    config: Any = None,
+    ignore: Any = (),
+    effort: Any = "quick",
+    seed: Any = 0,
+    work_dir: Any = None,
+    verify: Any = True,
+    progress: Any = None,
+) -> Options:
+    """The options of a call of the public API, each of the type that it has to be.
+
+    Errors: :class:`ConfigError` naming the argument, what it takes and what came.
+    """
+
+    def check(name: str, value: Any, good: bool, takes: str) -> None:
+        if not good:
+            raise ConfigError(f"{name}: expected {takes}, got {value!r:.80}")
+
+    patterns = (ignore,) if isinstance(ignore, str) else () if ignore is None else ignore
+    listed = isinstance(patterns, (list, tuple, set, frozenset))
+    check("budget", budget, budget is None or isinstance(budget, Budget), "a structc.Budget")
+    check(
+        "config",
+        config,
+        config is None
+        or (
+            isinstance(config, Mapping)
+            and all(isinstance(k, str) for k in config)
+            and all(v is None or isinstance(v, (str, Mapping)) for v in config.values())
+        ),
+        "a dict from patterns to a family's name, a dict or None",
+    )
+    check(
+        "ignore",
+        ignore,
+        listed and all(isinstance(p, str) for p in patterns),
+        "a list of patterns",
+    )
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    check("seed", seed, whole and 0 <= seed < 2**63, "a whole number from 0 on")
+    check("work_dir", work_dir, isinstance(work_dir, (str, PathLike, type(None))), "a folder")
+    check("verify", verify, isinstance(verify, bool), "True or False")
+    check("progress", progress, progress is None or callable(progress), "a function or None")
+    return Options(
+        budget or Budget(),
+        dict(config or {}),
+        tuple(patterns),
+        one_of("effort", effort, EFFORTS),
+        seed,
+        None if work_dir is None else Path(work_dir),
+        verify,
+        progress or (lambda *_: None),
+    )
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ from structc.errors import (
 )
 from structc.hardware import target
 from structc.inputs import calibration_calls, to_call
-from structc.options import EFFORTS, Log, Options, Progress, keep, one_of
+from structc.options import Log, Options, Progress, keep, resolve
 from structc.passes import trial
 from structc.passes.calibrate import Parts, calibrate, split
 from structc.passes.capture import capture, check_supported, copy_buffers, preserved_buffers
@@ -106,15 +106,15 @@ def compile(
     >>> fast(torch.randn(2, 8)).shape
     torch.Size([2, 8])
     """
-    options = Options(
-        budget or Budget(),
-        dict(config or {}),
-        (ignore,) if isinstance(ignore, str) else tuple(ignore),
-        one_of("effort", effort, EFFORTS),
-        seed,
-        None if work_dir is None else Path(work_dir),
-        verify,
-        progress or (lambda *_: None),
+    options = resolve(
+        budget=budget,
+        config=config,
+        ignore=ignore,
+        effort=effort,
+        seed=seed,
+        work_dir=work_dir,
+        verify=verify,
+        progress=progress,
     )
     with public_boundary(options.work_dir):
         check_supported(model)
@@ -160,15 +160,8 @@ def inspect(
 
     Prices are predicted (``effort="none"``) or measured on random factors.
     """
-    options = Options(
-        Budget(error=1.0),
-        {},
-        tuple(ignore),
-        one_of("effort", effort, EFFORTS),
-        0,
-        None,
-        False,
-        progress or (lambda *_: None),
+    options = resolve(
+        budget=Budget(error=1.0), ignore=ignore, effort=effort, verify=False, progress=progress
     )
     with public_boundary(options.work_dir):
         check_supported(model)
