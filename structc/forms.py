@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from structc.errors import InternalError
 
@@ -163,11 +163,15 @@ class Tile:
     def parse(text: str) -> Tile:
         """The program that :meth:`__str__` wrote."""
         steps: list[Step] = []
-        for word, inside in _TEXT.findall(text):
-            if word not in _STEPS:
-                raise InternalError(f"tile program {text!r}: no step is called {word!r}")
-            values: list[Any] = [int(v) if v.isdecimal() else v for v in inside.split(",")]
-            steps.append(_STEPS[word](*values))
+        for part in text.split(" "):
+            match = _TEXT.fullmatch(part)
+            step = _STEPS.get(match[1]) if match else None
+            words = match[2].split(",") if match else []
+            wanted = [f.type for f in fields(step)] if step else None
+            if wanted != ["int" if w.isdecimal() else "str" if w else "" for w in words]:
+                raise InternalError(f"tile program {text!r}: {part!r} is no step")
+            assert step is not None
+            steps.append(step(*(int(w) if w.isdecimal() else w for w in words)))  # type: ignore[arg-type]
         return Tile(tuple(steps))
 
 
