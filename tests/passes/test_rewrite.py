@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,20 @@ def captured_sites(model: nn.Module, inputs: Any) -> tuple[Captured, Sites]:
     return captured, detect(captured)
 
 
+@functools.cache
+def captured_case(name: str) -> tuple[nn.Module, Captured, Sites]:
+    """Exports take seconds, and rewriting leaves them as they are: one serves all families."""
+    model = ZOO[name].model()
+    return model, *captured_sites(model, ZOO[name].call())
+
+
 def rewritten(model: nn.Module, inputs: Any, **choices: Any) -> tuple[Captured, Product]:
     """Rewrite every site: dense, low rank (full or given), or Monarch on a 2 x 2 grid."""
     captured, sites = captured_sites(model, inputs)
+    return captured, rewritten_sites(captured, sites, **choices)
+
+
+def rewritten_sites(captured: Captured, sites: Sites, **choices: Any) -> Product:
     modules = {}
     for site in sites.linear:
         family = choices.get(site.name, choices.get("default", "dense"))
@@ -46,7 +58,7 @@ def rewritten(model: nn.Module, inputs: Any, **choices: Any) -> tuple[Captured, 
         made = materialise(captured, site, family, hyper, None)
         assert not isinstance(made, Refusal), made.reason
         modules[site.name] = made
-    return captured, rewrite(captured, sites, modules)
+    return rewrite(captured, sites, modules)
 
 
 def graph_text(graph: torch.fx.Graph) -> str:
@@ -117,10 +129,9 @@ def test_bert_layer(golden: Golden) -> None:
 def test_exact_rewrites_leave_every_output(name: str, family: str) -> None:
     """Full rank and full block rank are the matrix itself: graph and tree must both agree."""
     case: Case = ZOO[name]
-    model = case.model()
-    _, sites = captured_sites(model, case.call())
+    model, captured, sites = captured_case(name)
     odd = {s.name: "dense" for s in sites.linear if s.in_features % 2 or s.out_features % 2}
-    _, product = rewritten(model, case.call(), default=family, **odd)
+    product = rewritten_sites(captured, sites, default=family, **odd)
     for runner in product.runners:
         runner.region.graph.graph.lint()
     functional = sum("functional" in s.tags for s in sites.linear)
