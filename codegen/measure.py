@@ -9,6 +9,7 @@ from structc.codegen.bench import Job
 from structc.codegen.contenders import Contender, Request
 from structc.codegen.tuning_db import Row
 from structc.codegen.worker_client import Worker
+from structc.forms import PackedDense
 from structc.records import Refusal, Timed
 
 ROUNDS = {"quick": 7, "full": 15}
@@ -22,8 +23,11 @@ TRIES, QUIET = 3, 0.25
 """A timing in which some spread is larger is repeated, so many times at most."""
 SLACK = 1.25
 """A dense kernel is never taken to be slower than this times what it was known to take."""
-MARGIN = (0.02, 0.10)
-"""A default gives way to something better by more than the spread, held inside these bounds."""
+MARGIN, DENSE_MARGIN = (0.02, 0.10), (0.05, 0.10)
+"""A default gives way to something better by more than the spread, held inside these bounds.
+
+PyTorch's own dense product gives way less easily: what compilers fuse around it is lost.
+"""
 # Reasons that lie in the surroundings and may be gone tomorrow: never stored.
 PASSING = frozenset(
     {"OFF", "NO_COMPILER", "COMPILE", "COMPILE_TIME", "LOCKED", "CACHE", "LOAD", "WORKER"}
@@ -70,7 +74,8 @@ class Measurement:
         rows = [self._row(c, t, base) for c, t in timed] if base is not None else []
         own = [_refused_row(c, r) for c, r in self.refused if r.code not in PASSING]
         if rows:
-            winner = choose([t for _, t in timed])
+            margin = DENSE_MARGIN if isinstance(self.request.form, PackedDense) else MARGIN
+            winner = choose([t for _, t in timed], margin)
             rows[winner] = replace(rows[winner], effort=self.effort)
         elif own and len(own) == len(self.refused):
             own[0] = replace(own[0], effort=self.effort)
@@ -151,7 +156,7 @@ class Measurement:
         )
 
 
-def choose(timed: Sequence[Timed]) -> int:
+def choose(timed: Sequence[Timed], bounds: tuple[float, float] = MARGIN) -> int:
     """Index of the winner; the first one is the default and stays unless clearly beaten.
 
     >>> choose([Timed(10.0, 10.0, 0.05, 9), Timed(9.8, 9.9, 0.05, 9), Timed(9.0, 9.1, 0.05, 9)])
@@ -161,7 +166,7 @@ def choose(timed: Sequence[Timed]) -> int:
     """
     winner = min(range(len(timed)), key=lambda i: timed[i].latency_ms)
     default, best = timed[0], timed[winner]
-    margin = max(MARGIN[0], min(MARGIN[1], default.spread, best.spread))
+    margin = max(bounds[0], min(bounds[1], default.spread, best.spread))
     return winner if best.latency_ms < default.latency_ms * (1 - margin) else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import operator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils import _pytree as pytree
 from structc.errors import ConfigError
 from structc.inputs import canonical
 from structc.records import Call, DimGuard, Guards, Region
+
+log = logging.getLogger("structc.region")
 
 MISS = object()
 """What a runner returns when its guards do not hold."""
@@ -118,7 +121,11 @@ class Runner:
             return MISS
         code = self.view
         if self.compiled is not None and sizes == self.compiled_sizes:
-            code = self.compiled  # which would compile again for any other size
+            if self.compiled.current():
+                code = self.compiled
+            else:
+                log.info("weights changed: the compiled code of %r is let go", self.region.path)
+                self.compiled = None
         flat = code(*leaves)
         return pytree.tree_unflatten(flat, self.out_spec)
 

@@ -24,6 +24,8 @@ from structc.records import Candidate, Choice, Plan, PlanPoint
 log = logging.getLogger("structc.select")
 
 TIME_LIMIT_S = 20.0
+STEPS = 24
+"""Knapsacks that a search solves; fewer of them give a plan that was not measured yet."""
 Table = Mapping[str, Sequence[Candidate]]
 
 
@@ -152,17 +154,21 @@ def search(
     top = 0.0 if loosest is None else loosest.predicted_error
     low, high = 0.0, top * 1.001
     at = min(high, allowed if power == 1 else 3.0 * allowed**0.5)
-    tried: set[str] = set()
-    for _ in range(evaluations):
+    measured: dict[str, float] = {}
+    for _ in range(STEPS):
         plan = None
         if at > 0:
             plan = choose(table, sensitivity, error=at, params=params, least=least)
-        key = str(plan and sorted((s, str(c)) for s, c in plan.choices.items()))
-        if plan is None or key in tried:
+        if plan is None:
             break
-        tried.add(key)
-        value = loss(plan)
-        points.append(PlanPoint(plan.predicted_ms, plan.predicted_error, value))
+        key = str(sorted((s, str(c)) for s, c in plan.choices.items()))
+        new = key not in measured
+        if new:
+            if len(measured) == evaluations:
+                break
+            measured[key] = loss(plan)
+            points.append(PlanPoint(plan.predicted_ms, plan.predicted_error, measured[key]))
+        value = measured[key]
         if value <= allowed:
             low = max(low, at)
             best = plan if least == "params" or plan.predicted_ms <= best.predicted_ms else best
@@ -170,7 +176,10 @@ def search(
             high = min(high, at)
         if at >= top or high < 1.02 * low:
             break
-        at = _next_error(plan.predicted_error, value, allowed, power, low, high)
+        if new:
+            at = _next_error(plan.predicted_error, value, allowed, power, low, high)
+        else:  # nothing was learnt: the knapsack has no plan between this one and where it was
+            at = math.sqrt(low * high) if low > 0 else 0.5 * high
     marked = (replace(p, chosen=p.latency_ms == best.predicted_ms) for p in points)
     return replace(best, points=tuple(marked))
 

@@ -16,7 +16,7 @@ from structc.families import AbstractFamily, Dense
 from structc.passes import verify as V
 from structc.passes.calibrate import Parts
 from structc.passes.fit import materialise
-from structc.passes.race import race, set_way
+from structc.passes.race import race, set_way, slower
 from structc.passes.rewrite import Product, rewrite
 from structc.passes.select import Table, choose, dense_of, plan_of, search
 from structc.records import (
@@ -28,7 +28,6 @@ from structc.records import (
     Profile,
     Refusal,
     Sites,
-    Timed,
     Verification,
 )
 from structc.workdir import WorkDir
@@ -39,8 +38,6 @@ PROBE_ROWS = 8
 """Items of a batch that sensitivities are measured on."""
 EVALUATIONS = 8
 """Plans that selection measures."""
-NOISE = 1.03
-"""A product that takes longer than this many times the original's time is given up."""
 EXACT_KERNELS = ("aten", "reference")
 """Dense kernels that PyTorch itself would use: such a site is left as it is."""
 
@@ -284,7 +281,7 @@ def verify_product(
     runner, latency, notes = race(
         lab.captured.tree, lab.captured.example, product, effort, progress
     )
-    if product.replaced and budget.params is None and _slower(latency):
+    if product.replaced and budget.params is None and slower(latency):
         ours, eager = latency["structc"], latency["eager"]
         notes.append(
             f"the rewritten model took {ours.latency_ms:.3g} ms, the original "
@@ -311,14 +308,6 @@ def verify_product(
         notes=(*(lab.quality.notes if lab.quality else ()), *notes),
     )
     return product, plan, verification
-
-
-def _slower(latency: Mapping[str, Timed]) -> bool:
-    """Whether the product lost to the original by more than the noise of both."""
-    if not latency:
-        return False
-    ours, eager = latency["structc"], latency["eager"]
-    return ours.latency_ms > NOISE * eager.latency_ms and ours.median_ms > eager.median_ms
 
 
 def _metric(lab: Lab, product: Product, part: str) -> float:

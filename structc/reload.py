@@ -20,8 +20,8 @@ from structc.errors import ArtifactCorrupt, ArtifactMismatch
 from structc.families import BY_NAME, AbstractFamily, Dense
 from structc.passes.capture import export_region
 from structc.passes.clone import clone_tree
-from structc.passes.race import compile_view
-from structc.passes.region import without_weights
+from structc.passes.inductor import Frozen, freeze
+from structc.passes.region import Runner, without_weights
 from structc.passes.rewrite import Product, place_of, rewrite
 from structc.pricing import bind_saved
 from structc.records import Call, Captured, LinearSite, Plan, Region, Sites
@@ -167,5 +167,13 @@ def _assign(tree: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 def _run_as(product: Product, way: str) -> None:
     for runner in product.runners:
         runner.active = way != "modules"
-        if way == "inductor" and runner.region.path == "":
-            runner.compiled = compile_view(runner)
+        if way == "inductor":
+            runner.compiled = _refrozen(runner)
+
+
+def _refrozen(runner: Runner) -> Frozen | None:
+    try:
+        return freeze(runner)
+    except Exception as e:  # another compiler or version than where it was saved: still right
+        log.warning("load: Inductor: %s: the graph runs as it is", type(e).__name__)
+        return None

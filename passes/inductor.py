@@ -1,0 +1,109 @@
+"""A region's graph compiled by Inductor, around structc's operators and with its weights frozen."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from structc import ops
+from structc.passes.region import Runner, view_of
+
+aten = torch.ops.aten
+INDUCTOR_HAS = frozenset({"aten", "mkl"})
+"""Dense kernels that frozen code has as well: it may then also fuse and merge these products."""
+_ACTIVATIONS: dict[str, tuple[Any, dict[str, str]]] = {
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "relu": (aten.relu.default, {}),
+    "silu": (aten.silu.default, {}),
+}
+
+
+class Frozen:
+    """Compiled code that has the values of the weights inside, and knows when they are stale.
+
+    Args:
+        code: takes the tensors among a region's flat inputs.
+        view: the graph over its owner's tables.
+    """
+
+    def __init__(self, code: Callable[..., Any], view: torch.fx.GraphModule) -> None:
+        self.code, self.view = code, view
+        names = {str(n.target) for n in view.graph.nodes if n.op == "get_attr"}
+        self.getters = [operator.attrgetter(name) for name in sorted(names)]
+        self.held = self._stamps()
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        values = (get(self.view) for get in self.getters)
+        return [(id(v), _version(v)) for v in values if isinstance(v, Tensor)]
+
+    def current(self) -> bool:
+        """Whether every weight is the object that was frozen, unchanged."""
+        return self.held == self._stamps()
+
+    def __call__(self, *leaves: Any) -> Any:
+        with torch.no_grad():
+            return self.code(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def freeze(runner: Runner) -> Frozen:
+    """Compile a runner's graph for the sizes of its example alone: static code is the fastest.
+
+    rewrite:      structc::dense(x, W, b, act)  -->  act(linear(x, W, b)), in Inductor's copy
+    Sound because: that is the operator's definition.
+    Skips when:   the attached kernel is one that Inductor does not have; it stays an operator, and
+        Inductor compiles what is around it.
+    """
+    region, owner = runner.region, runner.owner
+    assert owner is not None
+    graph = torch.fx.Graph(owning_module=runner.view)
+    graph.output(graph.graph_copy(region.graph.graph, {}))
+    leaves = pytree.tree_leaves((region.example.args, region.example.kwargs))
+    _drop_constants(graph, leaves)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.structc.dense.default):
+        if _known_to_inductor(node, runner.view):
+            _open(graph, node)
+    graph.eliminate_dead_code()
+    view = view_of(region.graph, owner, graph)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    with torch.no_grad():
+        code: Any = torch._inductor.compile(view, tensors, options={"freezing": True})
+    return Frozen(code, runner.view)
+
+
+def _drop_constants(graph: torch.fx.Graph, leaves: list[Any]) -> None:
+    """Inputs that are no tensors are fixed by the guards; compiled code does not take them."""
+    for node, leaf in zip(graph.find_nodes(op="placeholder"), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            assert not node.users, f"{node.name} is read"
+            graph.erase_node(node)
+
+
+def _known_to_inductor(node: torch.fx.Node, view: torch.fx.GraphModule) -> bool:
+    _, weight, _, act, transposed = node.args
+    value = operator.attrgetter(str(weight.target))(view)  # type: ignore[union-attr]
+    n, m = value.shape if transposed else value.shape[::-1]
+    key = ops.dense_key(n, m, str(act), value.dtype, bool(transposed))
+    return all(label in INDUCTOR_HAS for _, label in ops.attached().get(key, ()))
+
+
+def _open(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    x, weight, bias, act, transposed = node.args
+    with graph.inserting_before(node):
+        if transposed:
+            weight = graph.call_function(aten.t.default, (weight,))
+        new = graph.call_function(aten.linear.default, (x, weight, bias))
+        if act:
+            target, kwargs = _ACTIVATIONS[str(act)]
+            new = graph.call_function(target, (new,), kwargs)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
