@@ -25,8 +25,11 @@ from structc.records import Price, Refusal
 __all__ = ["Request", "predict", "price", "tuning_key"]
 
 EFFORTS = ("none", "quick", "full")
-NEAR, MOST_RIVALS = 1.25, 3
+NEAR, MOST_RIVALS = 1.25, 2
 """Dense kernels within this factor of the best are timed again beside each form."""
+ALIKE, MOST_ALIKE = 1.1, 3
+"""Configurations so near the best of one form are what a quick search tries at its siblings: forms
+of the same steps at the same dense shape, another rank say."""
 
 
 def price(
@@ -114,6 +117,7 @@ class _Session:
     db: TuningDb = field(default_factory=TuningDb)
     started: float = field(default_factory=time.monotonic)
     dense: dict[Request, list[Row]] = field(default_factory=dict)
+    siblings: dict[tuple[object, ...], list[Row]] = field(default_factory=dict)
     refusal: Refusal = field(default_factory=lambda: _refuse("nothing was priced"))
 
     def price(self, request: Request) -> Price | Refusal:
@@ -128,6 +132,7 @@ class _Session:
             if not rivals:
                 return _refuse(f"no dense baseline was timed for {request.form}")
             rows = self._find(request, rivals)
+            self.siblings.setdefault(_kind(request), rows)
         else:
             rows = self.dense[dense]
         row = next((r for r in rows if r.effort), None)
@@ -143,13 +148,30 @@ class _Session:
         if self.seconds is not None and time.monotonic() - self.started > self.seconds:
             self.refusal = _refuse(f"the {self.seconds:g} s for tuning ran out")
             return []
-        measurement = Measurement(self.worker, request, rivals, self.effort)
+        likely = self._likely(request)
+        measurement = Measurement(self.worker, request, likely, rivals, self.effort)
         rows = measurement.run()
         if any(r.effort for r in rows):
             self.db.put(key, rows)
         else:
             self.refusal = measurement.refusal()
         return rows
+
+    def _likely(self, request: Request) -> list[Contender]:
+        """What is worth timing, the default first: all, or what was good at a sibling."""
+        every = request.contenders(self.effort)
+        known = [] if self.effort == "full" else self.siblings.get(_kind(request), [])
+        able = sorted((r for r in known if r.status == "ok"), key=lambda r: r.latency_ms)
+        good = [r.config for r in able if r.latency_ms <= ALIKE * able[0].latency_ms][:MOST_ALIKE]
+        if not good:
+            return every
+        return [c for i, c in enumerate(every) if i == 0 or dict(c.config) in good]
+
+
+def _kind(request: Request) -> tuple[object, ...]:
+    """What forms have in common that are best run alike."""
+    steps = () if isinstance(request.form, PackedDense) else request.form.steps
+    return (request.dense(), *(step.word for step in steps))
 
 
 def _rivals(rows: Sequence[Row]) -> list[tuple[Contender, float]]:

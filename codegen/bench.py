@@ -125,7 +125,7 @@ class Bench:
                 raise ValueError(f"a job that was refused cannot be timed: {problem.reason}")
             calls[str(index)] = _call(problem, index, mark)
         with torch.inference_mode():
-            timed = timing.interleaved(calls, rounds=rounds, min_sample_ms=2.0)
+            timed = timing.interleaved(calls, rounds=rounds, min_sample_ms=2.0, warmup=1)
         return [timed[str(i)] for i in range(len(jobs))]
 
     def forget(self) -> None:

@@ -47,6 +47,7 @@ class Measurement:
     Attributes:
         worker: checks and times.
         request: what is measured.
+        contenders: what may serve it, the default first.
         rivals: dense kernels to beat, with what they took among themselves, in milliseconds; empty
             while that is being found.
         effort: ``"quick"`` or ``"full"``.
@@ -55,6 +56,7 @@ class Measurement:
 
     worker: Worker
     request: Request
+    contenders: Sequence[Contender]
     rivals: Sequence[tuple[Contender, float]]
     effort: str
     refused: list[tuple[Contender, Refusal]] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Measurement:
 
         If all are refused, and for reasons of their own, the first refusal is the choice.
         """
-        able = self._check(self.request.contenders(self.effort))
+        able = self._check(self.contenders)
         if self.effort == "full" and len(able) > KEEP:
             screened = self._time(able, SCREEN)[1]
             fast = sorted(screened, key=lambda pair: pair[1].latency_ms)[:KEEP]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from structc.passes.region import Runner, view_of
 aten = torch.ops.aten
 INDUCTOR_HAS = frozenset({"aten", "mkl"})
 """Dense kernels that frozen code has as well: it may then also fuse and merge these products."""
-_ACTIVATIONS: dict[str, tuple[Any, dict[str, str]]] = {
+_ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gelu": (aten.gelu.default, {}),
     "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
     "relu": (aten.relu.default, {}),
@@ -74,13 +74,13 @@ def freeze(runner: Runner) -> Frozen:
             _open(graph, node)
     graph.eliminate_dead_code()
     view = view_of(region.graph, owner, graph)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with torch.no_grad():
         code: Any = torch._inductor.compile(view, tensors, options={"freezing": True})
     return Frozen(code, runner.view)
 
 
-def _drop_constants(graph: torch.fx.Graph, leaves: list[Any]) -> None:
+def _drop_constants(graph: torch.fx.Graph, leaves: Sequence[Any]) -> None:
     """Inputs that are no tensors are fixed by the guards; compiled code does not take them."""
     for node, leaf in zip(graph.find_nodes(op="placeholder"), leaves, strict=True):
         if not isinstance(leaf, Tensor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from structc.passes.calibrate import Parts
 from structc.passes.fit import materialise
 from structc.passes.race import race, set_way, slower
 from structc.passes.rewrite import Product, rewrite
-from structc.passes.select import Table, choose, dense_of, plan_of, search
+from structc.passes.rollback import chosen_of, dense_plan, milder, share_kept
+from structc.passes.select import Table, choose, dense_of, search
 from structc.records import (
     Call,
     Candidate,
@@ -36,7 +36,7 @@ log = logging.getLogger("structc.trial")
 
 PROBE_ROWS = 8
 """Items of a batch that sensitivities are measured on."""
-EVALUATIONS = 8
+EVALUATIONS = 6
 """Plans that selection measures."""
 EXACT_KERNELS = ("aten", "reference")
 """Dense kernels that PyTorch itself would use: such a site is left as it is."""
@@ -255,16 +255,17 @@ def verify_product(
 ) -> tuple[Product, Plan, Verification]:
     """Measure on unused data, roll back until the budget holds, then time against the baselines.
 
-    A structured site goes back to dense; a dense site with another kernel goes back to the user's
-    own layer. One site at a time at first, then twice as many each time.
+    A structured site goes back to a milder form and in the end to dense; then a dense site with
+    another kernel goes back to the user's own layer. Steps double, so that a prediction which is
+    wrong ends soon.
     """
     budget = lab.budget
     if not verify:
         return product, plan, Verification(math.nan, None, "", None, None, None, True, 0)
     tolerance = _tolerance(lab)
-    rolled: list[str] = []
+    first, untouched, round_ = plan, set(lab.untouched), 0
     while True:
-        progress("verify", len(rolled), len(rolled) + len(product.replaced) + 1)
+        progress("verify", round_, round_ + 1)
         error = lab.error(product, "verify")
         metric = dense = None
         if lab.quality is not None:
@@ -272,12 +273,15 @@ def verify_product(
         held = V.holds(budget, error, tolerance, metric, dense)
         if held or not product.replaced:
             break
-        batch = _worst(plan, table, product)[: max(1, len(rolled) - 1)]
-        untouched = {s for s in batch if plan.choices[s].family == Dense.name}
-        rolled += batch
-        log.info("rolled back %s: error %.3g, metric %s", batch, error, metric)
-        plan = _rolled_back(plan, table, batch)
-        product = lab.product(plan, table, lab.untouched | untouched)
+        log.info("rolling back: error %.3g, metric %s", error, metric)
+        least = 2 ** max(0, round_ - 1)
+        back = milder(plan, table, _share(budget, error, tolerance, metric, dense), least)
+        if back is None:
+            untouched |= set(list(product.replaced)[:least])
+        else:
+            plan = back
+        product = lab.product(plan, table, untouched)
+        round_ += 1
     runner, latency, notes = race(
         lab.captured.tree, lab.captured.example, product, effort, progress
     )
@@ -287,9 +291,8 @@ def verify_product(
             f"the rewritten model took {ours.latency_ms:.3g} ms, the original "
             f"{eager.latency_ms:.3g} ms: nothing is rewritten"
         )
-        rolled += list(product.replaced)
-        plan = _rolled_back(plan, table, list(plan.choices))
-        product = lab.product(plan, table, frozenset(plan.choices))
+        plan, untouched = dense_plan(plan, table), set(plan.choices)
+        product = lab.product(plan, table, untouched)
         set_way(product, "modules")
         runner, latency = "modules", {**latency, "structc": eager}
         error, metric, held = 0.0, dense, True
@@ -302,7 +305,9 @@ def verify_product(
         max_drop=None if budget.max_drop is None else float(budget.max_drop),
         held=held,
         calls=len(lab.parts.verify),
-        rolled_back=tuple(dict.fromkeys(rolled)),
+        rolled_back={
+            s: c for s, c in first.choices.items() if c != plan.choices[s] or s in untouched
+        },
         latency=latency,
         runner=runner,
         notes=(*(lab.quality.notes if lab.quality else ()), *notes),
@@ -330,25 +335,11 @@ def _tolerance(lab: Lab) -> float:
     return math.inf
 
 
-def _worst(plan: Plan, table: Table, product: Product) -> list[str]:
-    """Rewritten sites, those that cost most quality for the time they save first."""
-    errors, saved = {}, {}
-    for site in product.replaced:
-        chosen = chosen_of(plan, table, site)
-        errors[site] = plan.sensitivities.get(site, 1.0) * chosen.error
-        saved[site] = dense_of(table[site]).price.latency_ms - chosen.price.latency_ms
-    return V.rollback_order(errors, saved)
-
-
-def chosen_of(plan: Plan, table: Table, site: str) -> Candidate:
-    """The candidate that a plan takes at a site."""
-    choice = plan.choices[site]
-    return next(
-        c for c in table[site] if c.family == choice.family and dict(c.hyper) == dict(choice.hyper)
-    )
-
-
-def _rolled_back(plan: Plan, table: Table, sites: Sequence[str]) -> Plan:
-    chosen = [dense_of(table[s]) if s in sites else chosen_of(plan, table, s) for s in plan.choices]
-    new = plan_of(chosen, table, plan.sensitivities, plan.notes)
-    return replace(new, points=plan.points)
+def _share(
+    budget: Budget, error: float, tolerance: float, metric: float | None, dense: float | None
+) -> float:
+    """How much of its predicted squared error a plan may keep after a measurement."""
+    if metric is None or dense is None:
+        return share_kept(error, tolerance, power=1)
+    allowed = dense - V.threshold(dense, float(budget.max_drop or 0.0))
+    return share_kept(dense - metric, allowed, power=2)

@@ -1,7 +1,7 @@
 """Stage 9, verify: what the product really does, on data that nothing before has used.
 
-The budget is held by rolling back: while it does not hold, the site that costs the most quality for
-the time it saves goes back to dense, and the model is measured again. The original is always a
+The budget is held by rolling back (:mod:`structc.passes.rollback`): while it does not hold, sites
+go back to milder forms and to dense, and the model is measured again. The original is always a
 plan, so error and metric budgets are always met in the end.
 """
 
@@ -161,19 +161,6 @@ def holds(
 def threshold(dense: float, max_drop: float) -> float:
     """The least metric inside a relative drop, for metrics of either sign."""
     return dense - max_drop * abs(dense)
-
-
-def rollback_order(plan_errors: Mapping[str, float], saved_ms: Mapping[str, float]) -> list[str]:
-    """Sites in the order in which they go back: most squared error for the least time saved.
-
-    >>> rollback_order({"a": 0.1, "b": 0.2, "c": 0.1}, {"a": 1.0, "b": 1.0, "c": 0.5})
-    ['b', 'c', 'a']
-    """
-
-    def harm(site: str) -> float:
-        return plan_errors[site] ** 2 / max(saved_ms.get(site, 0.0), 1e-9)
-
-    return sorted(plan_errors, key=harm, reverse=True)
 
 
 # ---------------------------------------------------------------------------- baselines

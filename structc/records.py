@@ -320,7 +320,7 @@ class Verification:
         max_drop: the relative drop that was allowed.
         held: whether the budget holds.
         calls: held-out calls that were compared.
-        rolled_back: sites that went back to dense, in order.
+        rolled_back: sites that went back to a milder form or to dense, with what selection chose.
         latency: ``"structc"`` and each baseline, interleaved in one run.
         runner: how regions run: ``"graph"``, ``"inductor"`` or ``"modules"``.
         notes: sentences for the report.
@@ -334,7 +334,7 @@ class Verification:
     max_drop: float | None
     held: bool
     calls: int
-    rolled_back: tuple[str, ...] = ()
+    rolled_back: Mapping[str, Choice] = field(default_factory=dict)
     latency: Mapping[str, Timed] = field(default_factory=dict)
     runner: str = "modules"
     notes: tuple[str, ...] = ()

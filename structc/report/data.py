@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from structc.records import (
         AttentionSite,
         Candidate,
+        Choice,
         LinearSite,
         Plan,
         Profile,
@@ -122,7 +123,7 @@ def site_data(
     candidates: Sequence[Candidate],
     refusals: Sequence[Refusal],
     plan: Plan | None,
-    rolled_back: bool,
+    before: Choice | None,
     time_share: float | None,
 ) -> Json:
     """Everything about one linear site, the decision first."""
@@ -131,10 +132,9 @@ def site_data(
     planned = plan.choices.get(site.name) if plan else None
     choice = None
     if plan is not None:
-        dense = planned is None or rolled_back
-        choice = {"family": "dense", "hyper": {}} if dense else plain(planned)
+        choice = {"family": "dense", "hyper": {}} if planned is None else plain(planned)
     chosen = _index(rows, choice)
-    _explain(rows, chosen, choice, rolled_back, plain(planned))
+    _explain(rows, chosen, choice, plain(before))
     return {
         "name": site.name,
         "in_features": site.in_features,
@@ -148,7 +148,7 @@ def site_data(
         "time_share": finite(time_share),
         "choice": choice,
         "rewritten": choice is not None and choice["family"] != "dense",
-        "rolled_back": rolled_back,
+        "rolled_back": before is not None,
         "sensitivity": finite(plan.sensitivities.get(site.name)) if plan else None,
         **_outcome(rows, chosen, choice, dense_params),
         "fastest": _fastest(rows),
@@ -205,11 +205,11 @@ def _outcome(rows: Sequence[Json], chosen: int | None, choice: Json | None, dens
 
 
 def _explain(
-    rows: list[Json], chosen: int | None, choice: Json | None, rolled_back: bool, planned: Any
+    rows: list[Json], chosen: int | None, choice: Json | None, before: Json | None
 ) -> None:
     """Give each candidate its status and, in a few words, why."""
     best = rows[chosen] if chosen is not None else None
-    back = _index(rows, planned) if rolled_back and planned else None
+    back = _index(rows, before)
     for i, row in enumerate(rows):
         row["status"] = "chosen" if i == chosen else "rolled_back" if i == back else "not_chosen"
         row["why"] = _why(row, best, choice) if row["status"] == "not_chosen" else ""
@@ -314,14 +314,14 @@ def sites_data(
     of_site: dict[str, list[Refusal]] = {}
     for refusal in refusals:
         of_site.setdefault(refusal.site, []).append(refusal)
-    back = set(verification.rolled_back) if verification else set()
+    back = verification.rolled_back if verification else {}
     return [
         site_data(
             s,
             candidates.get(s.name, ()),
             of_site.get(s.name, ()),
             plan,
-            s.name in back,
+            back.get(s.name),
             time_share.get(s.name),
         )
         for s in sites.linear

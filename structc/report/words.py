@@ -193,7 +193,7 @@ def _why_nothing(data: Json) -> str:
         return "the model has no dense linear layer within reach"
     if summary["rolled_back"]:
         back = count(summary["rolled_back"], "rewritten layer")
-        return f"{back} had to go back to dense before the budget held"
+        return f"{back} had to go back before the budget held"
     structured = [c for s in data["sites"] for c in s["candidates"] if c["family"] != "dense"]
     if not structured and refusals:
         code, most = Counter(r["code"] for r in refusals).most_common(1)[0]

@@ -209,5 +209,7 @@ def test_a_disturbed_baseline_promises_nothing(empty_db: TuningDb) -> None:
             return [Timed(8.0, 8.0, 0.0, 3), *(Timed(0.5, 0.5, 0.0, 3) for _ in jobs[1:])]
 
     rivals = [(Contender("aten"), 0.8)]
-    rows = measure.Measurement(Busy(), SMALL, rivals, "quick").run()  # type: ignore[arg-type]
+    tried = SMALL.contenders("quick")
+    busy: Any = Busy()
+    rows = measure.Measurement(busy, SMALL, tried, rivals, "quick").run()
     assert {r.baseline_ms for r in rows} == {0.8 * measure.SLACK}
