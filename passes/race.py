@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from structc.timing import interleaved
 
 log = logging.getLogger("structc.race")
 
-ROUNDS = {"quick": 9, "full": 21}
+ROUNDS, WAY_ROUNDS = {"quick": 9, "full": 21}, 7
 GAIN = 0.98
 """Inductor must take less than this share of the plain graph's time to be worth its memory."""
 NOISE, AGAIN = 1.03, 2
@@ -27,13 +27,30 @@ MOST_REGIONS = 4
 """Each region takes Inductor ten seconds and more: a model in many pieces runs its graphs."""
 
 
+@dataclass(frozen=True, eq=False)
+class Raced:
+    """The fastest way found.
+
+    Attributes:
+        product: the rewritten model that won, set to run that way.
+        way: ``"graph"``, ``"inductor"`` or ``"modules"``.
+        latency: ``"structc"`` and each baseline, interleaved in one run.
+        notes: sentences for the report.
+    """
+
+    product: Product
+    way: str
+    latency: Mapping[str, Timed]
+    notes: tuple[str, ...] = ()
+
+
 def race(
     model: nn.Module,
     example: Call,
-    product: Product,
+    products: Sequence[Product],
     effort: str,
     progress: Callable[[str, int, int], None],
-) -> tuple[str, dict[str, Timed], list[str]]:
+) -> Raced:
     """Choose the fastest way to run the product's regions, then time it beside the baselines.
 
     The ways: the module tree; the regions' graphs as they are; the graphs with everything around
@@ -42,23 +59,22 @@ def race(
     Args:
         model: the dense original.
         example: the call to time.
+        products: the product, then others of the same values that Inductor may do better with.
         effort: ``"none"`` times nothing.
-
-    Returns:
-        The way, the timings (``"structc"`` and each baseline, interleaved in one run), notes.
     """
+    first = products[0]
     if effort == "none":
-        return ("graph" if product.runners else "modules"), {}, []
+        return Raced(first, "graph" if first.runners else "modules", {})
     notes: list[str] = []
     progress("baselines", 0, 3)
-    way = _fastest_way(example, product, notes)
+    product, way = _fastest(example, products, notes)
     progress("baselines", 1, 3)
     dense, more = baselines(model, example, compiled=True)
     progress("baselines", 2, 3)
     calls = {**dense, "structc": _caller(product.tree, example)}
     latency = _settled(calls, ROUNDS[effort])
     progress("baselines", 3, 3)
-    return way, latency, [*notes, *more]
+    return Raced(product, way, latency, (*notes, *more))
 
 
 def slower(latency: Mapping[str, Timed]) -> bool:
@@ -79,23 +95,35 @@ def _settled(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
     return latency
 
 
-def _fastest_way(example: Call, product: Product, notes: list[str]) -> str:
-    if not product.runners:
-        return "modules"
-    plain: list[Any] = [None] * len(product.runners)
-    ways: dict[str, Callable[[], object]] = {
-        "graph": _way(product, example, active=True, compiled=plain),
-        "modules": _way(product, example, active=False, compiled=plain),
+def _fastest(example: Call, products: Sequence[Product], notes: list[str]) -> tuple[Product, str]:
+    first = products[0]
+    if not first.runners:
+        return first, "modules"
+    plain = [None] * len(first.runners)
+    ways = {
+        ("graph", 0): _way(first, example, active=True, compiled=plain),
+        ("modules", 0): _way(first, example, active=False, compiled=plain),
     }
-    compiled = _frozen(product, example, notes)
-    if compiled is not None:
-        ways["inductor"] = _way(product, example, active=True, compiled=compiled)
-    timed = interleaved(ways, rounds=7, min_sample_ms=5.0)
-    best = "graph" if timed["graph"].latency_ms <= timed["modules"].latency_ms else "modules"
-    if "inductor" in timed and timed["inductor"].latency_ms < GAIN * timed[best].latency_ms:
-        best = "inductor"
-    set_way(product, best, compiled)
-    return best
+    set_way(first, "graph")
+    want = _caller(first.tree, example)()
+    frozen: dict[int, list[Frozen]] = {}
+    for at, product in enumerate(products):
+        compiled = _frozen(product, example, want, notes)
+        if compiled is not None:
+            frozen[at] = compiled
+            ways["inductor", at] = _way(product, example, active=True, compiled=compiled)
+    names = {f"{way} {at}": (way, at) for way, at in ways}
+    timed = interleaved(
+        {name: ways[key] for name, key in names.items()}, rounds=WAY_ROUNDS, min_sample_ms=5.0
+    )
+    plainest = min(("graph 0", "modules 0"), key=lambda name: timed[name].latency_ms)
+    best = min(timed, key=lambda name: timed[name].latency_ms)
+    if timed[best].latency_ms >= GAIN * timed[plainest].latency_ms:
+        best = plainest
+    log.info("ways: %s", {name: round(t.latency_ms, 3) for name, t in timed.items()})
+    way, at = names[best]
+    set_way(products[at], way, frozen.get(at))
+    return products[at], way
 
 
 def set_way(product: Product, way: str, compiled: Sequence[Frozen] | None = None) -> None:
@@ -118,26 +146,21 @@ def _way(
     return timed
 
 
-def _frozen(product: Product, example: Call, notes: list[str]) -> list[Frozen] | None:
-    """All regions through Inductor, if that compiles and gives the same."""
+def _frozen(product: Product, example: Call, want: object, notes: list[str]) -> list[Frozen] | None:
+    """All regions through Inductor, if that compiles and gives what is wanted."""
     if len(product.runners) > MOST_REGIONS:
         return None
-    call = _caller(product.tree, example)
-    set_way(product, "graph")
-    want = call()
     try:
         compiled = [freeze(runner) for runner in product.runners]
         set_way(product, "inductor", compiled)
-        got = call()
+        got = _caller(product.tree, example)()
     except Exception as e:  # Inductor fails in many ways; the graph then runs as it is
         log.info("Inductor: %s: %s", type(e).__name__, e)
         notes.append(f"Inductor could not compile the rewritten graph ({type(e).__name__})")
-        set_way(product, "graph")
         return None
     error = output_error(got, want)
     if error > exact_tolerance(want):
         notes.append(f"Inductor's code moves the output by {error:.2g}: not used")
-        set_way(product, "graph")
         return None
     return compiled
 

@@ -15,6 +15,7 @@ from structc.families import AbstractFamily, Dense
 from structc.passes import verify as V
 from structc.passes.calibrate import Parts
 from structc.passes.fit import materialise
+from structc.passes.inductor import INDUCTOR_HAS
 from structc.passes.race import race, set_way, slower
 from structc.passes.rewrite import Product, rewrite
 from structc.passes.rollback import chosen_of, dense_plan, milder, share_kept
@@ -28,6 +29,7 @@ from structc.records import (
     Profile,
     Refusal,
     Sites,
+    Timed,
     Verification,
 )
 from structc.workdir import WorkDir
@@ -282,14 +284,13 @@ def verify_product(
             plan = back
         product = lab.product(plan, table, untouched)
         round_ += 1
-    runner, latency, notes = race(
-        lab.captured.tree, lab.captured.example, product, effort, progress
-    )
+    product, runner, latency, notes = _raced(lab, table, plan, product, untouched, effort, progress)
     if product.replaced and budget.params is None and slower(latency):
         ours, eager = latency["structc"], latency["eager"]
-        notes.append(
+        notes = (
+            *notes,
             f"the rewritten model took {ours.latency_ms:.3g} ms, the original "
-            f"{eager.latency_ms:.3g} ms: nothing is rewritten"
+            f"{eager.latency_ms:.3g} ms: nothing is rewritten",
         )
         plan, untouched = dense_plan(plan, table), set(plan.choices)
         product = lab.product(plan, table, untouched)
@@ -313,6 +314,24 @@ def verify_product(
         notes=(*(lab.quality.notes if lab.quality else ()), *notes),
     )
     return product, plan, verification
+
+
+def _raced(
+    lab: Lab,
+    table: Table,
+    plan: Plan,
+    product: Product,
+    untouched: set[str],
+    effort: str,
+    progress: Progress,
+) -> tuple[Product, str, Mapping[str, Timed], tuple[str, ...]]:
+    """The product, or the one whose dense layers are all left to Inductor, as it is fastest."""
+    products = [product]
+    own = {s for s, m in product.replaced.items() if isinstance(m, Dense)}
+    if any(dense_of(table[s]).price.kernel not in INDUCTOR_HAS for s in own):
+        products.append(lab.product(plan, table, untouched | own))
+    raced = race(lab.captured.tree, lab.captured.example, products, effort, progress)
+    return raced.product, raced.way, raced.latency, raced.notes
 
 
 def _metric(lab: Lab, product: Product, part: str) -> float:
