@@ -208,8 +208,8 @@ def _finite_calls(calls: Sequence[Call]) -> tuple[list[Call], int]:
 # ---------------------------------------------------------------------------- one pass over data
 
 
-class _Sum:
-    """Running sums of one group."""
+class Moments:
+    """Running sums of the rows of activations, or of gradients."""
 
     def __init__(self, features: int) -> None:
         self.gram = torch.zeros(features, features, dtype=torch.float64)
@@ -251,7 +251,7 @@ def _one_pass(
     progress: Progress,
     part: tuple[int, int],
 ) -> dict[str, InputStats]:
-    sums = {g: _Sum(s.in_features) for g, s in groups.items()}
+    sums = {g: Moments(s.in_features) for g, s in groups.items()}
     mask: list[Tensor | None] = [None]
     tree = captured.tree
     handles = []
@@ -299,7 +299,7 @@ def _watch_region(
     captured: Captured,
     region: Region,
     groups: dict[str, LinearSite],
-    sums: dict[str, _Sum],
+    sums: dict[str, Moments],
     mask: list[Tensor | None],
 ) -> list[Any]:
     """Hook a submodule so that weights used without a module see their inputs too.
@@ -331,6 +331,16 @@ def _watch_region(
             Watch(view).run(*leaves)
 
     return [owner.register_forward_pre_hook(before, with_kwargs=True)]
+
+
+def first_items(call: Call, items: int) -> Call:
+    """The first items of a batch, if all tensors share their first dimension."""
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    sizes = {t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()}
+    if len(sizes) == 1:
+        leaves = [t[:items] if isinstance(t, Tensor) and t.dim() else t for t in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return Call(args, kwargs)
 
 
 def centred(stats: InputStats) -> InputStats:

@@ -7,15 +7,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from structc.budget import Budget
 from structc.families import AbstractFamily, Dense
 from structc.passes import verify as V
-from structc.passes.calibrate import Parts
+from structc.passes.calibrate import Parts, first_items
 from structc.passes.fit import materialise
 from structc.passes.inductor import INDUCTOR_HAS
+from structc.passes.objective import Objectives
 from structc.passes.race import race, set_way, slower
 from structc.passes.rewrite import Product, rewrite
 from structc.passes.rollback import chosen_of, dense_plan, milder, share_kept
@@ -26,7 +26,6 @@ from structc.records import (
     Captured,
     Choice,
     Plan,
-    Profile,
     Refusal,
     Sites,
     Timed,
@@ -57,13 +56,13 @@ class Lab:
         model: nn.Module,
         captured: Captured,
         sites: Sites,
-        profile: Profile | None,
+        objectives: Objectives,
         parts: Parts,
         budget: Budget,
         work: WorkDir,
     ) -> None:
         self.model, self.captured, self.sites = model, captured, sites
-        self.profile, self.parts, self.budget, self.work = profile, parts, budget, work
+        self.objectives, self.parts, self.budget, self.work = objectives, parts, budget, work
         self.by_name = {site.name: site for site in sites.linear}
         self.quality = V.quality_for(budget, captured.tree, parts.select, parts.verify)
         self._modules: dict[str, AbstractFamily] = {}
@@ -73,9 +72,7 @@ class Lab:
     def module(self, site: str, choice: Choice) -> AbstractFamily | Refusal:
         key = f"{site} {choice.family} {sorted(choice.hyper.items())}"
         if key not in self._modules:
-            made = materialise(
-                self.captured, self.by_name[site], choice.family, choice.hyper, self.profile
-            )
+            made = materialise(self.objectives, self.by_name[site], choice.family, choice.hyper)
             if isinstance(made, Refusal):
                 return made
             self._modules[key] = made
@@ -208,7 +205,7 @@ def sensitivities(lab: Lab, table: Table, progress: Progress) -> dict[str, float
     Measured with the middle candidate of each site on a few held-out items; never assumed: a site
     error of .020 can move a model by .107 in one place and .121 by .035 in another.
     """
-    probe = _probe(lab.parts.select[0])
+    probe = first_items(lab.parts.select[0], PROBE_ROWS)
     wanted = V.references(lab.captured.tree, [probe])
     found: dict[str, float] = {}
     names = [s for s, c in table.items() if len(c) > 1]
@@ -230,16 +227,6 @@ def sensitivities(lab: Lab, table: Table, progress: Progress) -> dict[str, float
         found[name] = float(known)
     progress("sensitivity", len(names), len(names))
     return found
-
-
-def _probe(call: Call) -> Call:
-    """The first items of a batch."""
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    sizes = {t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()}
-    if len(sizes) == 1:
-        leaves = [t[:PROBE_ROWS] if isinstance(t, Tensor) and t.dim() else t for t in leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return Call(args, kwargs)
 
 
 # ---------------------------------------------------------------------------- verification

@@ -90,20 +90,21 @@ def float_leaves(output: Any) -> Iterator[Tensor]:
             yield from float_leaves(getattr(output, field.name))
 
 
-def weighted_error(weight: Tensor, approx: Tensor, gram: Tensor | None) -> float:
-    """``sqrt(tr((W-M) C (W-M)^T) / tr(W C W^T))``: relative output error for inputs of Gram C.
+def weighted_error(
+    weight: Tensor, approx: Tensor, gram: Tensor | None, out_gram: Tensor | None = None
+) -> float:
+    """``sqrt(tr(G (W-M) C (W-M)^T) / tr(G W C W^T))``: relative output error for inputs of Gram C.
 
     Args:
         weight, approx: ``(out_features, in_features)``.
-        gram: ``(in_features, in_features)``; None counts as the identity.
+        gram: C, ``(in_features, in_features)``; None counts as the identity.
+        out_gram: G, ``(out_features, out_features)``; None counts as the identity.
     """
     w = weight.detach().double()
     gap = w - approx.detach().double()
-    if gram is None:
-        top, bottom = (gap * gap).sum(), (w * w).sum()
-    else:
-        c = gram.double()
-        top, bottom = ((gap @ c) * gap).sum(), ((w @ c) * w).sum()
+    left = (lambda a: a) if out_gram is None else (lambda a: out_gram.double() @ a)
+    right = (lambda a: a) if gram is None else (lambda a: a @ gram.double())
+    top, bottom = ((left(right(a)) * a).sum() for a in (gap, w))
     if float(top) <= 0:
         return 0.0
     return math.sqrt(float(top) / float(bottom)) if float(bottom) > 0 else math.inf

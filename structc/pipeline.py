@@ -9,6 +9,7 @@ import logging
 import resource
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from structc.passes import trial
 from structc.passes.calibrate import Parts, calibrate, split
 from structc.passes.capture import capture, check_supported, copy_buffers, preserved_buffers
 from structc.passes.clone import clone_tree
+from structc.passes.curvature import output_grams
 from structc.passes.detect import detect
 from structc.passes.fit import fit_candidates, one_thread_each
+from structc.passes.objective import Objectives
 from structc.passes.profile_time import time_shares
 from structc.passes.region import without_weights
 from structc.passes.rewrite import place_of
@@ -55,6 +58,8 @@ from structc.workdir import WorkDir, hash_calls, hash_tensors
 
 log = logging.getLogger("structc")
 
+OUT_GRAMS_SHARE = 4
+"""One part in so many of the memory for calibration is for what the output feels."""
 _CHANGED_BY_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -234,10 +239,11 @@ def _stages(
         shares = time_shares(captured, sites)
     dump("price", {" ".join(map(str, k)): p for k, (_, p) in prices.items()})
     with stage("fit"):
-        table = _fit(captured, sites, prices, profile, options, work, notes)
+        objectives = Objectives(captured, profile)
+        table = _fit(objectives, sites, prices, options, work, notes)
     dump("fit", table)
     with stage("select"):
-        lab = trial.Lab(model, captured, sites, profile, parts, budget, work)
+        lab = trial.Lab(model, captured, sites, objectives, parts, budget, work)
         kernels = bind_all(table, sites, notes)
         plan = trial.select_plan(lab, table, options.progress)
     dump("select", plan)
@@ -294,23 +300,27 @@ def _calibrate(
     if not parts.fit:
         notes.notes.append("no calibration data: fits minimise the error of weights, not outputs")
         return None
+    memory_mb = settings.current().memory_mb
     profile = calibrate(
+        captured, sites, parts.fit, work=work, memory_mb=memory_mb, progress=options.progress
+    )
+    out_grams, more = output_grams(
         captured,
         sites,
         parts.fit,
         work=work,
-        memory_mb=settings.current().memory_mb,
+        memory_mb=memory_mb / OUT_GRAMS_SHARE,
         progress=options.progress,
     )
+    profile = replace(profile, out_grams=out_grams, notes=(*profile.notes, *more))
     notes.notes += profile.notes
     return profile
 
 
 def _fit(
-    captured: Captured,
+    objectives: Objectives,
     sites: Sites,
     prices: Prices,
-    profile: Profile | None,
     options: Options,
     work: WorkDir,
     notes: Log,
@@ -318,7 +328,7 @@ def _fit(
     jobs = [(site, worth_fitting(site, prices, options, notes)) for site in sites.linear]
 
     def one(job: tuple[LinearSite, list[Any]]) -> tuple[list[Candidate], list[Refusal]]:
-        return fit_candidates(captured, job[0], job[1], profile, work)
+        return fit_candidates(objectives, job[0], job[1], work)
 
     table: dict[str, list[Candidate]] = {}
     with one_thread_each() as pool:

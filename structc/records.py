@@ -186,12 +186,15 @@ class Profile:
         batches: calibration calls that went in.
         rows: rows of the first group's input over all batches.
         notes: sentences for the report.
+        out_grams: for each site that has one ``E[g g^T]``, float64 ``(m, m)``: what the model's
+            output feels of the site's.
     """
 
     stats: Mapping[str, InputStats]
     batches: int
     rows: int
     notes: tuple[str, ...] = ()
+    out_grams: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,8 @@ class Candidate:
         hyper: of the family.
         params: elements of the factors, bias not counted.
         flops: of one row, bias not counted.
-        error: relative output error under the calibration Gram.
+        error: relative output error under the calibration Gram, each direction weighted by what
+            the model's output feels of it where that is known.
         price: its latency at the site's rows.
     """
 

@@ -21,7 +21,7 @@ from structc.errors import ArtifactWrite, ResumeMismatch
 from structc.files import write_atomic
 from structc.records import Call
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised whenever fits or measurements change their meaning: old work is then not taken up."""
 
 

@@ -97,6 +97,18 @@ class AbstractFamily(nn.Module, abc.ABC):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features) -> (..., out_features)``."""
 
+    @classmethod
+    def output_blocks(cls, hyper: Hyper) -> int:
+        """How many equal contiguous blocks of outputs the class may be mixed inside of; 0: none.
+
+        1 says that any matrix from the left keeps a member in the class.
+        """
+        return 0
+
+    def mix_outputs(self, mix: Tensor) -> None:
+        """Replace M by ``blockdiag(mix) M``; ``mix`` is (output_blocks, s, s)."""
+        raise NotImplementedError(f"{self.name} is not closed under mixing of outputs")
+
     def form(self, activation: str = "") -> Form:
         """The form that computes this map and its bias, then an activation."""
         return self.form_of(

@@ -93,6 +93,13 @@ class LowRank(AbstractStructured):
             for r in ranks
         ]
 
+    @classmethod
+    def output_blocks(cls, hyper: Hyper) -> int:
+        return 1
+
+    def mix_outputs(self, mix: Tensor) -> None:
+        self.u.data = mix[0] @ self.u.data
+
     def hyper(self) -> Hyper:
         return {"rank": self.v.shape[0]}
 

@@ -112,6 +112,13 @@ class Monarch(AbstractStructured):
         w2 = p.permute(1, 2, 3, 0).contiguous()
         return cls(q.to(weight.dtype).contiguous(), w2.to(weight.dtype))
 
+    @classmethod
+    def output_blocks(cls, hyper: Hyper) -> int:
+        return hyper["out_blocks"]
+
+    def mix_outputs(self, mix: Tensor) -> None:
+        self.w2.data = torch.einsum("jal,jlrk->jark", mix, self.w2.data)
+
     def hyper(self) -> Hyper:
         k, j, r, _ = self.w1.shape
         return {"in_blocks": k, "out_blocks": j, "rank": r}

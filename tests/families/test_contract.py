@@ -283,6 +283,21 @@ def test_data_never_make_a_fit_worse(family, n, m, hyper, kind) -> None:
     assert after <= before * (1 + 1e-9) + 1e-9
 
 
+@pytest.mark.parametrize("family, n, m, hyper", CASES)
+def test_outputs_mix_inside_their_blocks(family, n, m, hyper) -> None:
+    """What a family says of itself lets fits weigh outputs: it must be so."""
+    blocks = family.output_blocks(hyper)
+    module = random_member(family, n, m, hyper, seed=5)
+    if not blocks:
+        with pytest.raises(NotImplementedError, match="not closed"):
+            module.mix_outputs(torch.eye(m, dtype=torch.float64)[None])
+        return
+    mix = torch.randn(blocks, m // blocks, m // blocks, dtype=torch.float64)
+    expected = torch.block_diag(*mix) @ explicit(module)
+    module.mix_outputs(mix)
+    torch.testing.assert_close(explicit(module), expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_more_parameters_are_never_worse(family) -> None:
     n, m = 24, 36

@@ -19,6 +19,7 @@ from structc.numerics import output_error
 from structc.passes.capture import capture
 from structc.passes.detect import detect
 from structc.passes.fit import materialise
+from structc.passes.objective import Objectives
 from structc.passes.rewrite import FACTORS, Product, rewrite
 from structc.records import Captured, Refusal, Sites
 
@@ -55,7 +56,7 @@ def rewritten_sites(captured: Captured, sites: Sites, **choices: Any) -> Product
             "low_rank": {"rank": choices.get("rank", full)},
             "monarch": {"in_blocks": 2, "out_blocks": 2, "rank": full // 2},
         }[family]
-        made = materialise(captured, site, family, hyper, None)
+        made = materialise(Objectives(captured, None), site, family, hyper)
         assert not isinstance(made, Refusal), made.reason
         modules[site.name] = made
     return rewrite(captured, sites, modules)
@@ -311,7 +312,7 @@ def test_a_bias_takes_up_the_mean_error() -> None:
     model, x = nn.Sequential(nn.Linear(12, 20)), floats(1, 12).expand(64, 12).contiguous()
     captured, sites = captured_sites(model, x)
     profile = calibrate(captured, sites, [to_call(x)], work=WorkDir(None, {}), memory_mb=64)
-    made = materialise(captured, sites.linear[0], "low_rank", {"rank": 1}, profile)
+    made = materialise(Objectives(captured, profile), sites.linear[0], "low_rank", {"rank": 1})
     assert isinstance(made, AbstractFamily)
     with torch.no_grad():
         assert output_error(made(x), model(x)) < 1e-5
@@ -328,6 +329,6 @@ def test_factors_want_a_gradient_where_the_weight_did() -> None:
                 "low_rank": {"rank": 2},
                 "monarch": {"in_blocks": 2, "out_blocks": 2, "rank": 1},
             }
-            made = materialise(captured, site, family, hyper.get(family, {}), None)
+            made = materialise(Objectives(captured, None), site, family, hyper.get(family, {}))
             assert isinstance(made, AbstractFamily)
             assert {p.requires_grad for p in made.factors()} == {wanted}

@@ -20,6 +20,7 @@ from structc.passes.calibrate import split
 from structc.passes.capture import capture
 from structc.passes.detect import detect
 from structc.passes.fit import fit_candidates
+from structc.passes.objective import Objectives
 from structc.passes.rollback import dense_plan, milder, share_kept
 from structc.passes.select import plan_of
 from structc.passes.verify import holds, threshold
@@ -114,13 +115,13 @@ def laboratory(budget: Budget) -> tuple[trial.Lab, dict[str, list[Candidate]], C
     captured = capture(model, example)
     sites = detect(captured)
     parts = split([to_call(torch.randn(16, 24)) for _ in range(6)])
-    work = WorkDir(None, {})
+    work, objectives = WorkDir(None, {}), Objectives(captured, None)
     table = {}
     for site in sites.linear:
         offers = [("dense", {}, price(1.0)), ("low_rank", {"rank": 4}, price(0.5))]
-        table[site.name], refusals = fit_candidates(captured, site, offers, None, work)
+        table[site.name], refusals = fit_candidates(objectives, site, offers, work)
         assert not refusals
-    return trial.Lab(model, captured, sites, None, parts, budget, work), table, model
+    return trial.Lab(model, captured, sites, objectives, parts, budget, work), table, model
 
 
 def verified(

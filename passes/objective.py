@@ -1,0 +1,114 @@
+"""What a fit minimises at one site, and the error that its candidates are compared by."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from structc.families import BY_NAME, AbstractFamily, LowRank
+from structc.numerics import regularised, weighted_error
+from structc.passes.calibrate import centred
+from structc.records import Captured, Hyper, LinearSite, Profile, Refusal
+
+DAMPING = 1e-2
+"""Of the output Gram: directions that the data never showed to matter keep a little weight."""
+
+
+class Objective:
+    """``|| G^(1/2) (W - M) C^(1/2) ||_F``, with what the data say about inputs and outputs.
+
+    A family that is closed under mixing inside blocks of outputs is fitted to ``S W`` for the root
+    S of G's diagonal blocks, and mixed back with ``S^-1``: for low rank, whose one block is all
+    outputs, that is the exact minimum.
+
+    Args:
+        weight: W, ``(m, n)``.
+        gram: C, centred if a bias takes the mean; None is the identity.
+        out_gram: G, ``(m, m)``; None is the identity.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor | None, out_gram: Tensor | None) -> None:
+        self.weight, self.gram = weight, gram
+        self.out_gram = None if out_gram is None else regularised(out_gram, DAMPING)
+        self._roots: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fit(self, family: str, hyper: Hyper) -> AbstractFamily | Refusal:
+        """Fit one family."""
+        kind = BY_NAME[family]
+        fit: Callable[..., AbstractFamily | Refusal] = kind.fit  # type: ignore[attr-defined]
+        blocks = kind.output_blocks(hyper)
+        if self.out_gram is None or not blocks or not bool(torch.isfinite(self.weight).all()):
+            return fit(self.weight, self.gram, **hyper)
+        if self.weight.shape[0] % blocks:
+            return fit(self.weight, self.gram, **hyper)  # refuses, and says why
+        root, inverse = self._root(blocks)
+        module = fit(_mixed(root, self.weight.double()), self.gram, **hyper)
+        if isinstance(module, Refusal):
+            return module
+        module.mix_outputs(inverse)
+        return module.to(self.weight.dtype)
+
+    def error(self, module: AbstractFamily) -> float:
+        """``||G^(1/2) (W - M) C^(1/2)|| / ||G^(1/2) W C^(1/2)||``, on the factors as stored."""
+        return weighted_error(self.weight, module.to_dense(), self.gram, self.out_gram)
+
+    def low_rank_errors(self, ranks: Sequence[int]) -> list[float]:
+        """The error of several ranks from one decomposition."""
+        weight = self.weight.double()
+        if self.out_gram is not None:
+            weight = _mixed(self._root(1)[0], weight)
+        return LowRank.curve(weight, self.gram, ranks)
+
+    def _root(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """``G_bb^(1/2)`` and its inverse for each of so many diagonal blocks, ``(b, s, s)``."""
+        if blocks not in self._roots:
+            assert self.out_gram is not None
+            size = len(self.out_gram) // blocks
+            whole = self.out_gram.reshape(blocks, size, blocks, size)
+            values, vectors = torch.linalg.eigh(whole[range(blocks), :, range(blocks)])
+            root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()[:, None, :]
+            self._roots[blocks] = (
+                vectors * root @ vectors.mT,
+                vectors / root @ vectors.mT,
+            )
+        return self._roots[blocks]
+
+
+class Objectives:
+    """The objective of each site; made once and kept, for roots cost a decomposition."""
+
+    def __init__(self, captured: Captured, profile: Profile | None) -> None:
+        self.captured, self.profile = captured, profile
+        self._made: dict[str, Objective] = {}
+
+    def of(self, site: LinearSite) -> Objective:
+        """The objective of a site."""
+        if site.name not in self._made:
+            out_grams: Mapping[str, Tensor] = self.profile.out_grams if self.profile else {}
+            self._made[site.name] = Objective(
+                weight_of(self.captured, site),
+                gram_of(site, self.profile),
+                out_grams.get(site.name),
+            )
+        return self._made[site.name]
+
+
+def weight_of(captured: Captured, site: LinearSite) -> Tensor:
+    """The site's matrix ``(out_features, in_features)``, in whatever order it is stored."""
+    weight: Tensor = operator.attrgetter(site.weight)(captured.tree).detach()
+    return weight.t() if site.transposed else weight
+
+
+def gram_of(site: LinearSite, profile: Profile | None) -> Tensor | None:
+    """The Gram matrix that a fit of this site minimises in: centred if a bias takes the mean."""
+    if profile is None or site.group not in profile.stats:
+        return None
+    stats = profile.stats[site.group]
+    return regularised((centred(stats) if site.bias else stats).gram)
+
+
+def _mixed(root: Tensor, weight: Tensor) -> Tensor:
+    return torch.matmul(root, weight.unflatten(0, root.shape[:2])).flatten(0, 1)

@@ -1,0 +1,192 @@
+"""What the output feels: the Gram of gradients, and fits that weigh outputs by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import Functional, bert, floats, padded, sequential
+
+from structc.inputs import to_call
+from structc.numerics import regularised, weighted_error
+from structc.passes import curvature
+from structc.passes.capture import capture
+from structc.passes.curvature import output_grams
+from structc.passes.detect import detect
+from structc.passes.objective import DAMPING, Objective
+from structc.records import Refusal
+from structc.workdir import WorkDir
+
+
+def grams(
+    model: nn.Module, data: list[Any], memory_mb: float = 64.0, path: Path | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    torch.manual_seed(0)
+    calls = [to_call(d) for d in data]
+    captured = capture(model.eval(), calls[0])
+    work = WorkDir(path, {})
+    return output_grams(captured, detect(captured), calls, work=work, memory_mb=memory_mb)
+
+
+class Two(nn.Module):
+    """y = B tanh(A x): the derivative by A's output is B diag(1 - tanh^2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def test_it_is_the_jacobian_with_itself() -> None:
+    model, data = Two(), [floats(64, 6) for _ in range(150)]
+    found, notes = grams(model, data)
+    assert not notes
+    with torch.no_grad():
+        slope = 1 - torch.tanh(model.a(data[0])) ** 2
+        jacobian = model.b.weight[None] * slope[:, None, :]
+        expected = torch.einsum("noi,noj->ij", jacobian, jacobian).double() / len(slope)
+        expected /= model(data[0]).double().norm() ** 2
+    assert found["a"].dtype == torch.float64
+    torch.testing.assert_close(found["a"], expected, rtol=0.1, atol=0.03 * float(expected.max()))
+    whole = found["b"] / found["b"].diagonal().mean()
+    torch.testing.assert_close(whole, torch.eye(4).double(), rtol=0.1, atol=0.1)
+
+
+def test_padding_is_not_felt() -> None:
+    model, call = bert(), padded(3, 7)
+    found, _ = grams(model, [call])
+    other = dict(call)
+    other["input_ids"] = torch.where(call["attention_mask"] > 0, call["input_ids"], 5)
+    again, _ = grams(model, [other])
+    assert found.keys() == again.keys() and found
+    for name in found:
+        torch.testing.assert_close(found[name], again[name], rtol=1e-4, atol=1e-9)
+
+
+def test_gradients_leave_no_trace() -> None:
+    model = bert()
+    flags = [p.requires_grad for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    frozen, _ = grams(model, [padded(3, 7)])
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    free, _ = grams(model, [padded(3, 7)])
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not m._forward_hooks for m in model.modules())
+    for name, gram in frozen.items():
+        torch.testing.assert_close(free[name], gram, rtol=1e-3, atol=1e-9)
+
+
+class Cut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).detach()
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_a_model_that_cannot_be_differentiated_says_so() -> None:
+    found, notes = grams(Cut(), [floats(5, 4)])
+    assert not found and "could not be measured" in notes[0]
+    found, notes = grams(InPlace(), [floats(5, 4)])
+    assert set(found) == {"net.0", "net.2"} and not notes
+
+
+def test_weights_without_a_layer_have_none() -> None:
+    found, _ = grams(Functional(), [floats(5, 12)])
+    assert not found
+
+
+def test_memory_is_bounded_and_said() -> None:
+    found, notes = grams(sequential(), [floats(5, 5, 12)], memory_mb=1e-9)
+    assert not found and "MB are allowed" in notes[0]
+
+
+def test_it_is_kept_for_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = grams(Two(), [floats(8, 6)], path=tmp_path)
+    monkeypatch.setattr(curvature, "_measure", lambda *_: pytest.fail("measured again"))
+    second, _ = grams(Two(), [floats(8, 6)], path=tmp_path)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+# ---------------------------------------------------------------------------- the objective
+
+
+def planted(m: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(m + n)
+
+    def steep(size: int) -> Tensor:
+        a = torch.randn(size, size, generator=g, dtype=torch.float64)
+        q, _ = torch.linalg.qr(a)
+        return q * torch.logspace(0, -4, size, dtype=torch.float64) @ q.T
+
+    return torch.randn(m, n, generator=g, dtype=torch.float64), steep(n), steep(m)
+
+
+def test_low_rank_is_the_minimum_in_both_metrics() -> None:
+    weight, gram, out = planted(24, 16)
+    objective = Objective(weight, gram, out)
+    module = objective.fit("low_rank", {"rank": 5})
+    assert not isinstance(module, Refusal)
+    damped = regularised(out, DAMPING)
+    root_g, root_c = (_root(a) for a in (damped, gram))
+    u, s, vh = torch.linalg.svd(root_g @ weight @ root_c, full_matrices=False)
+    best = float((s[5:] ** 2).sum().sqrt() / (s**2).sum().sqrt())
+    assert objective.error(module) == pytest.approx(best, rel=1e-6)
+    assert objective.low_rank_errors([5]) == pytest.approx([best], rel=1e-6)
+    blind = Objective(weight, gram, None).fit("low_rank", {"rank": 5})
+    assert not isinstance(blind, Refusal)
+    assert objective.error(module) < objective.error(blind)
+
+
+def test_monarch_gains_from_knowing_its_outputs() -> None:
+    weight, gram, out = planted(24, 16)
+    out = torch.block_diag(*(out[i : i + 12, i : i + 12] for i in (0, 12)))
+    hyper = {"in_blocks": 2, "out_blocks": 2, "rank": 3}
+    objective = Objective(weight, gram, out)
+    aware = objective.fit("monarch", hyper)
+    blind = Objective(weight, gram, None).fit("monarch", hyper)
+    assert not isinstance(aware, Refusal) and not isinstance(blind, Refusal)
+    assert objective.error(aware) < objective.error(blind)
+    assert aware.factors()[0].dtype == weight.dtype
+
+
+def test_refusals_stay_refusals() -> None:
+    weight, gram, out = planted(24, 16)
+    objective = Objective(weight, gram, out)
+    grid = objective.fit("monarch", {"in_blocks": 2, "out_blocks": 5, "rank": 1})
+    assert isinstance(grid, Refusal) and grid.code == "GRID"
+    weight[0, 0] = float("nan")
+    broken = Objective(weight, gram, out).fit("low_rank", {"rank": 2})
+    assert isinstance(broken, Refusal) and broken.code == "NONFINITE"
+
+
+def test_the_error_is_of_the_weighted_output() -> None:
+    weight, gram, out = planted(6, 5)
+    other = weight + 0.1 * torch.randn(6, 5, dtype=torch.float64)
+    x = _root(gram)
+    gap, whole = (_root(out) @ a @ x for a in (weight - other, weight))
+    expected = float(gap.norm() / whole.norm())
+    assert weighted_error(weight, other, gram, out) == pytest.approx(expected, rel=1e-9)
+
+
+def _root(a: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(a)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
