@@ -27,7 +27,7 @@ __all__ = ["Request", "predict", "price", "tuning_key"]
 EFFORTS = ("none", "quick", "full")
 NEAR, MOST_RIVALS = 1.25, 2
 """Dense kernels within this factor of the best are timed again beside each form."""
-ALIKE, MOST_ALIKE = 1.1, 3
+ALIKE, MOST_ALIKE = 1.1, 2
 """Configurations so near the best of one form are what a quick search tries at its siblings: forms
 of the same steps at the same dense shape, another rank say."""
 

@@ -12,7 +12,7 @@ from structc.codegen.worker_client import Worker
 from structc.forms import PackedDense
 from structc.records import Refusal, Timed
 
-ROUNDS = {"quick": 7, "full": 15}
+ROUNDS = {"quick": 5, "full": 15}
 SCREEN = 3
 """Rounds after which a full search drops what is far from the best."""
 KEEP = 6

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structc.inputs import clone_call, run, token_mask
-from structc.numerics import float_leaves
+from structc.numerics import float_leaves, regularised
 from structc.passes.calibrate import Moments, first_items
 from structc.passes.capture import preserved_buffers
 from structc.records import Call, Captured, LinearSite, Sites
@@ -28,6 +28,8 @@ log = logging.getLogger("structc.curvature")
 
 ROWS_AT_ONCE, ROWS = 1024, 12288
 """Rows of one backward pass, which holds all activations; rows of all of them together."""
+DAMPING = 1e-2
+"""Directions that the data never showed to matter keep a little weight."""
 
 
 def output_grams(
@@ -39,7 +41,7 @@ def output_grams(
     memory_mb: float,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """``E[g g^T]``, float64 ``(m, m)``, of the sites that are layers, and notes.
+    """``E[g g^T]``, damped, float64 ``(m, m)``, of the sites that are layers, and notes.
 
     The output's tensors count equally, each relative to its norm; padding does not count. Sites
     whose matrices would together pass ``memory_mb``, the largest first, and weights used without a
@@ -102,7 +104,8 @@ def _measure(
         for handle in handles:
             handle.remove()
     grams = {name: s.gram / max(s.rows, 1) for name, s in sums.items()}
-    return {name: g for name, g in grams.items() if float(g.diagonal().sum()) > 0}
+    felt = {name: g for name, g in grams.items() if float(g.diagonal().sum()) > 0}
+    return {name: regularised(g, DAMPING) for name, g in felt.items()}
 
 
 def _watch(module: nn.Module, name: str, seen: list[tuple[str, Tensor]]) -> Any:

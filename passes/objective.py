@@ -13,9 +13,6 @@ from structc.numerics import regularised, weighted_error
 from structc.passes.calibrate import centred
 from structc.records import Captured, Hyper, LinearSite, Profile, Refusal
 
-DAMPING = 1e-2
-"""Of the output Gram: directions that the data never showed to matter keep a little weight."""
-
 
 class Objective:
     """``|| G^(1/2) (W - M) C^(1/2) ||_F``, with what the data say about inputs and outputs.
@@ -27,13 +24,12 @@ class Objective:
     Args:
         weight: W, ``(m, n)``.
         gram: C, centred if a bias takes the mean; None is the identity.
-        out_gram: G, ``(m, m)``; None is the identity.
+        out_gram: G, ``(m, m)``, of full rank; None is the identity.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor | None, out_gram: Tensor | None) -> None:
-        self.weight, self.gram = weight, gram
-        self.out_gram = None if out_gram is None else regularised(out_gram, DAMPING)
-        self._roots: dict[int, tuple[Tensor, Tensor]] = {}
+        self.weight, self.gram, self.out_gram = weight, gram, out_gram
+        self._whole: tuple[Tensor, Tensor] | None = None
 
     def fit(self, family: str, hyper: Hyper) -> AbstractFamily | Refusal:
         """Fit one family."""
@@ -64,17 +60,17 @@ class Objective:
 
     def _root(self, blocks: int) -> tuple[Tensor, Tensor]:
         """``G_bb^(1/2)`` and its inverse for each of so many diagonal blocks, ``(b, s, s)``."""
-        if blocks not in self._roots:
-            assert self.out_gram is not None
-            size = len(self.out_gram) // blocks
-            whole = self.out_gram.reshape(blocks, size, blocks, size)
-            values, vectors = torch.linalg.eigh(whole[range(blocks), :, range(blocks)])
-            root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()[:, None, :]
-            self._roots[blocks] = (
-                vectors * root @ vectors.mT,
-                vectors / root @ vectors.mT,
-            )
-        return self._roots[blocks]
+        if blocks == 1 and self._whole is not None:
+            return self._whole
+        assert self.out_gram is not None
+        size = len(self.out_gram) // blocks
+        split = self.out_gram.reshape(blocks, size, blocks, size)
+        values, vectors = torch.linalg.eigh(split[range(blocks), :, range(blocks)])
+        root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()[:, None, :]
+        made = vectors * root @ vectors.mT, vectors / root @ vectors.mT
+        if blocks == 1:  # low rank asks again for each rank; blocks are small and asked for once
+            self._whole = made
+        return made
 
 
 class Objectives:

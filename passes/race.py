@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from structc.timing import interleaved
 
 log = logging.getLogger("structc.race")
 
-ROUNDS, WAY_ROUNDS = {"quick": 9, "full": 21}, 7
+ROUNDS, WAY_ROUNDS = {"quick": 9, "full": 21}, 5
 GAIN = 0.98
 """Inductor must take less than this share of the plain graph's time to be worth its memory."""
 NOISE, AGAIN = 1.03, 2
@@ -47,7 +48,8 @@ class Raced:
 def race(
     model: nn.Module,
     example: Call,
-    products: Sequence[Product],
+    product: Product,
+    for_inductor: Product,
     effort: str,
     progress: Callable[[str, int, int], None],
 ) -> Raced:
@@ -59,18 +61,21 @@ def race(
     Args:
         model: the dense original.
         example: the call to time.
-        products: the product, then others of the same values that Inductor may do better with.
+        product: how it runs without Inductor.
+        for_inductor: the same values, with more dense products left to Inductor.
         effort: ``"none"`` times nothing.
     """
-    first = products[0]
     if effort == "none":
-        return Raced(first, "graph" if first.runners else "modules", {})
+        return Raced(product, "graph" if product.runners else "modules", {})
     notes: list[str] = []
     progress("baselines", 0, 3)
-    product, way = _fastest(example, products, notes)
+    start = time.monotonic()
+    product, way = _fastest(example, product, for_inductor, notes)
+    log.info("Inductor and the choice of a way took %.1f s", time.monotonic() - start)
     progress("baselines", 1, 3)
     dense, more = baselines(model, example, compiled=True)
     progress("baselines", 2, 3)
+    log.info("with baselines %.1f s", time.monotonic() - start)
     calls = {**dense, "structc": _caller(product.tree, example)}
     latency = _settled(calls, ROUNDS[effort])
     progress("baselines", 3, 3)
@@ -95,35 +100,29 @@ def _settled(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
     return latency
 
 
-def _fastest(example: Call, products: Sequence[Product], notes: list[str]) -> tuple[Product, str]:
-    first = products[0]
-    if not first.runners:
-        return first, "modules"
-    plain = [None] * len(first.runners)
+def _fastest(
+    example: Call, product: Product, for_inductor: Product, notes: list[str]
+) -> tuple[Product, str]:
+    if not product.runners:
+        return product, "modules"
+    plain = [None] * len(product.runners)
     ways = {
-        ("graph", 0): _way(first, example, active=True, compiled=plain),
-        ("modules", 0): _way(first, example, active=False, compiled=plain),
+        "graph": _way(product, example, active=True, compiled=plain),
+        "modules": _way(product, example, active=False, compiled=plain),
     }
-    set_way(first, "graph")
-    want = _caller(first.tree, example)()
-    frozen: dict[int, list[Frozen]] = {}
-    for at, product in enumerate(products):
-        compiled = _frozen(product, example, want, notes)
-        if compiled is not None:
-            frozen[at] = compiled
-            ways["inductor", at] = _way(product, example, active=True, compiled=compiled)
-    names = {f"{way} {at}": (way, at) for way, at in ways}
-    timed = interleaved(
-        {name: ways[key] for name, key in names.items()}, rounds=WAY_ROUNDS, min_sample_ms=5.0
-    )
-    plainest = min(("graph 0", "modules 0"), key=lambda name: timed[name].latency_ms)
-    best = min(timed, key=lambda name: timed[name].latency_ms)
-    if timed[best].latency_ms >= GAIN * timed[plainest].latency_ms:
-        best = plainest
+    set_way(product, "graph")
+    want = _caller(product.tree, example)()
+    frozen = _frozen(for_inductor, example, want, notes)
+    if frozen is not None:
+        ways["inductor"] = _way(for_inductor, example, active=True, compiled=frozen)
+    timed = interleaved(ways, rounds=WAY_ROUNDS, min_sample_ms=5.0)
     log.info("ways: %s", {name: round(t.latency_ms, 3) for name, t in timed.items()})
-    way, at = names[best]
-    set_way(products[at], way, frozen.get(at))
-    return products[at], way
+    way = "graph" if timed["graph"].latency_ms <= timed["modules"].latency_ms else "modules"
+    if frozen is not None and timed["inductor"].latency_ms < GAIN * timed[way].latency_ms:
+        set_way(for_inductor, "inductor", frozen)
+        return for_inductor, "inductor"
+    set_way(product, way)
+    return product, way
 
 
 def set_way(product: Product, way: str, compiled: Sequence[Frozen] | None = None) -> None:

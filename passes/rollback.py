@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from structc.families import Dense
-from structc.passes.select import Table, plan_of
+from structc.passes.select import Table, choose, dense_of, plan_of
 from structc.records import Candidate, Plan
 
 AIM = 0.9
@@ -32,36 +32,41 @@ def share_kept(loss: float, allowed: float, power: float) -> float:
 
 
 def milder(plan: Plan, table: Table, share: float, least: int = 1) -> Plan | None:
-    """The plan with at most this share of its predicted squared error.
+    """The fastest plan with at most this share of its predicted squared error.
 
-    Again and again the site that removes the most squared error for the time that it costs goes to
-    a candidate of less error; the dense one is the last that each site has.
-
-    Args:
-        least: so many steps are taken even if the prediction asks for fewer; it may be wrong.
+    No site gets a form of more error than it has. Where the prediction asks for fewer changes than
+    ``least``, because it is wrong, the sites that remove the most squared error for the time that
+    they cost change too.
 
     Returns:
         The milder plan, or None if all sites are dense already.
     """
-    now = {site: chosen_of(plan, table, site) for site in plan.choices}
+    before = {site: chosen_of(plan, table, site) for site in plan.choices}
     weights = plan.sensitivities
-    target = share * _total(now, weights)
-    steps = 0
-    while step := _best_step(now, table, weights):
-        now[step.site] = step
-        steps += 1
-        if steps >= least and _total(now, weights) <= target:
-            break
-    if not steps:
+    if all(c.family == Dense.name for c in before.values()):
         return None
+    allowed = {
+        site: [c for c in table[site] if c.family == Dense.name or c.error <= chosen.error]
+        for site, chosen in before.items()
+    }
+    total = sum(_square(c, weights) for c in before.values())
+    error = math.sqrt(share * total) if math.isfinite(total) else math.inf
+    found = choose(allowed, weights, error=error)
+    assert found is not None  # dense is always allowed
+    now = {site: chosen_of(found, table, site) for site in plan.choices}
+    while sum(now[s] is not before[s] for s in now) < least:
+        step = _best_step(now, allowed, weights)
+        if step is None:
+            break
+        now[step.site] = step
     made = plan_of(list(now.values()), table, weights, plan.notes)
     return replace(made, points=plan.points)
 
 
 def dense_plan(plan: Plan, table: Table) -> Plan:
     """The plan with every site dense."""
-    found = milder(plan, table, 0.0, least=sum(map(len, table.values())))
-    return plan if found is None else found
+    made = plan_of([dense_of(row) for row in table.values()], table, plan.sensitivities, plan.notes)
+    return replace(made, points=plan.points)
 
 
 def chosen_of(plan: Plan, table: Table, site: str) -> Candidate:
@@ -75,23 +80,16 @@ def chosen_of(plan: Plan, table: Table, site: str) -> Candidate:
 def _best_step(
     now: Mapping[str, Candidate], table: Table, weights: Mapping[str, float]
 ) -> Candidate | None:
+    """The dense candidate of the site that costs most quality for the time it saves."""
     best, most = None, -1.0
     for site, chosen in now.items():
-        if chosen.family == Dense.name:
-            continue
-        for other in table[site]:
-            if other.family != Dense.name and not other.error < chosen.error:
-                continue
-            gain = _square(chosen, weights) - _square(other, weights)
-            cost = other.price.latency_ms - chosen.price.latency_ms
-            worth = gain / max(cost, 1e-9) if math.isfinite(gain) else math.inf
-            if worth > most:
-                best, most = other, worth
+        if chosen.family != Dense.name:
+            dense = dense_of(table[site])
+            saved = dense.price.latency_ms - chosen.price.latency_ms
+            harm = _square(chosen, weights) / max(saved, 1e-9)
+            if harm > most:
+                best, most = dense, harm
     return best
-
-
-def _total(now: Mapping[str, Candidate], weights: Mapping[str, float]) -> float:
-    return sum(_square(c, weights) for c in now.values())
 
 
 def _square(candidate: Candidate, weights: Mapping[str, float]) -> float:

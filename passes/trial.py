@@ -14,7 +14,6 @@ from structc.families import AbstractFamily, Dense
 from structc.passes import verify as V
 from structc.passes.calibrate import Parts, first_items
 from structc.passes.fit import materialise
-from structc.passes.inductor import INDUCTOR_HAS
 from structc.passes.objective import Objectives
 from structc.passes.race import race, set_way, slower
 from structc.passes.rewrite import Product, rewrite
@@ -39,6 +38,9 @@ PROBE_ROWS = 8
 """Items of a batch that sensitivities are measured on."""
 EVALUATIONS = 6
 """Plans that selection measures."""
+AHEAD = 1.2
+"""So many times as fast as PyTorch's a dense kernel must be for Inductor not to do better: it fuses
+activations, and merges the products of one input."""
 EXACT_KERNELS = ("aten", "reference")
 """Dense kernels that PyTorch itself would use: such a site is left as it is."""
 
@@ -312,12 +314,18 @@ def _raced(
     effort: str,
     progress: Progress,
 ) -> tuple[Product, str, Mapping[str, Timed], tuple[str, ...]]:
-    """The product, or the one whose dense layers are all left to Inductor, as it is fastest."""
-    products = [product]
-    own = {s for s, m in product.replaced.items() if isinstance(m, Dense)}
-    if any(dense_of(table[s]).price.kernel not in INDUCTOR_HAS for s in own):
-        products.append(lab.product(plan, table, untouched | own))
-    raced = race(lab.captured.tree, lab.captured.example, products, effort, progress)
+    """The product in its fastest way.
+
+    Inductor gets the dense layers whose own kernel is not far ahead: it merges and fuses them.
+    """
+    near = {
+        site
+        for site, module in product.replaced.items()
+        if isinstance(module, Dense) and dense_of(table[site]).price.speedup < AHEAD
+    }
+    for_inductor = lab.product(plan, table, untouched | near) if near else product
+    model, example = lab.captured.tree, lab.captured.example
+    raced = race(model, example, product, for_inductor, effort, progress)
     return raced.product, raced.way, raced.latency, raced.notes
 
 

@@ -186,8 +186,8 @@ class Profile:
         batches: calibration calls that went in.
         rows: rows of the first group's input over all batches.
         notes: sentences for the report.
-        out_grams: for each site that has one ``E[g g^T]``, float64 ``(m, m)``: what the model's
-            output feels of the site's.
+        out_grams: for each site that has one ``E[g g^T]``, damped, float64 ``(m, m)``: what the
+            model's output feels of the site's.
     """
 
     stats: Mapping[str, InputStats]

@@ -40,7 +40,9 @@ def interleaved(
     for name in names:
         for _ in range(warmup):
             calls[name]()
-        once = min(_sample(calls[name], 1) for _ in range(3))  # one alone may be disturbed
+        once = _sample(calls[name], 1)
+        if once < min_sample_ms:  # one alone may be disturbed
+            once = min(once, _sample(calls[name], 1), _sample(calls[name], 1))
         repeats[name] = max(1, min(1000, int(min_sample_ms / max(once, 1e-4))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     kept: list[int] = []

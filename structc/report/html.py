@@ -31,7 +31,8 @@ GLOSSARY = {
     "Candidate": "One structured form with its sizes, timed at this model's number of rows and "
     "fitted to the layer's weight.",
     "Relative output error": "The layer's output error divided by the size of its output, for "
-    "inputs distributed like the calibration data. 0.1 means 10 %.",
+    "inputs distributed like the calibration data; directions that the model's output feels more "
+    "count more. 0.1 means 10 %.",
     "Sensitivity": "How strongly an error of this layer shows in the model's output: model error "
     "divided by layer error, measured by replacing this layer alone.",
     "Rows": "How many vectors the layer transforms in one call, such as batch × length.",
@@ -41,7 +42,8 @@ GLOSSARY = {
     "Differences smaller than it are noise.",
     "Budget": "What the rewrite may cost, checked on data that neither the fits nor the selection "
     "have seen.",
-    "Rolled back": "Chosen first, then returned to dense because the whole model broke its budget.",
+    "Rolled back": "Chosen first, then returned to a milder form or to dense, because the whole "
+    "model broke its budget.",
     "Exact, approximate": "Exact rewrites change outputs by rounding only. Approximate ones spend "
     "a part of the budget.",
     "Packed weights": "Copies of weights in the memory order that a kernel wants. They are "
