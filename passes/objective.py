@@ -17,9 +17,9 @@ from structc.records import Captured, Hyper, LinearSite, Profile, Refusal
 class Objective:
     """``|| G^(1/2) (W - M) C^(1/2) ||_F``, with what the data say about inputs and outputs.
 
-    A family that is closed under mixing inside blocks of outputs is fitted to ``S W`` for the root
-    S of G's diagonal blocks, and mixed back with ``S^-1``: for low rank, whose one block is all
-    outputs, that is the exact minimum.
+    A family that is closed under mixing inside blocks of outputs is fitted to ``S W``, where
+    ``S^T S`` are G's diagonal blocks, and mixed back with ``S^-1``: for low rank, whose one block
+    is all outputs, that is the exact minimum.
 
     Args:
         weight: W, ``(m, n)``.
@@ -59,15 +59,15 @@ class Objective:
         return LowRank.curve(weight, self.gram, ranks)
 
     def _root(self, blocks: int) -> tuple[Tensor, Tensor]:
-        """``G_bb^(1/2)`` and its inverse for each of so many diagonal blocks, ``(b, s, s)``."""
+        """S with ``S^T S = G_bb``, and its inverse, for so many diagonal blocks, ``(b, s, s)``."""
         if blocks == 1 and self._whole is not None:
             return self._whole
         assert self.out_gram is not None
         size = len(self.out_gram) // blocks
         split = self.out_gram.reshape(blocks, size, blocks, size)
-        values, vectors = torch.linalg.eigh(split[range(blocks), :, range(blocks)])
-        root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()[:, None, :]
-        made = vectors * root @ vectors.mT, vectors / root @ vectors.mT
+        root = torch.linalg.cholesky(split[range(blocks), :, range(blocks)]).mT
+        eye = torch.eye(size, dtype=root.dtype).expand_as(root)
+        made = root, torch.linalg.solve_triangular(root, eye, upper=True)
         if blocks == 1:  # low rank asks again for each rank; blocks are small and asked for once
             self._whole = made
         return made
