@@ -27,6 +27,9 @@ _ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 class Frozen:
     """Compiled code that has the values of the weights inside, and knows when they are stale.
 
+    A weight that is replaced, moved or changed in place is noticed; writing through ``weight.data``
+    leaves no trace in PyTorch, and is not.
+
     Args:
         code: takes the tensors among a region's flat inputs.
         view: the graph over its owner's tables.
@@ -38,9 +41,9 @@ class Frozen:
         self.getters = [operator.attrgetter(name) for name in sorted(names)]
         self.held = self._stamps()
 
-    def _stamps(self) -> list[tuple[int, int]]:
+    def _stamps(self) -> list[tuple[int, int, int]]:
         values = (get(self.view) for get in self.getters)
-        return [(id(v), _version(v)) for v in values if isinstance(v, Tensor)]
+        return [(id(v), v.data_ptr(), _version(v)) for v in values if isinstance(v, Tensor)]
 
     def current(self) -> bool:
         """Whether every weight is the object that was frozen, unchanged."""
