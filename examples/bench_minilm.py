@@ -17,7 +17,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from torch import nn
 
 import structc
 from examples.minilm import batches, embed, example, load
+from structc.inputs import to_call
+from structc.passes.verify import baselines
+from structc.records import Timed
+from structc.timing import interleaved
 
 Pair = tuple[str, str, float]
 
@@ -51,16 +55,16 @@ def spearman(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> float:
     return float(spearmanr(cosines.numpy(), [p[2] for p in pairs]).statistic)
 
 
-def exact(model: nn.Module, effort: str) -> dict[str, Any]:
+def exact(model: nn.Module, effort: str) -> tuple[nn.Module, dict[str, Any]]:
     """The exact tier at 32 texts of 128 tokens."""
     start = time.perf_counter()
     fast = structc.compile(model, example(), effort=effort)
-    return row("exact", fast, time.perf_counter() - start)
+    return fast, row(fast, time.perf_counter() - start)
 
 
 def approximate(
     model: nn.Module, tokenizer: Any, data: Path, effort: str, max_drop: float
-) -> dict[str, Any]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """The approximate tier with the STS-B metric, and the dev set."""
     train = read_pairs(data / "stsb-en-train.csv")
     random.Random(0).shuffle(train)  # the file is sorted by source
@@ -78,63 +82,97 @@ def approximate(
         budget=structc.Budget(metric=stsb, max_drop=max_drop),
         effort=effort,
     )
-    found = row("approximate", fast, time.perf_counter() - start)
+    found = row(fast, time.perf_counter() - start)
     dev = read_pairs(data / "stsb-en-dev.csv")
     dense, ours = spearman(model, tokenizer, dev), spearman(fast, tokenizer, dev)
-    return {**found, "dev_dense": dense, "dev": ours, "dev_kept": ours / dense}
+    return fast, {**found, "dev_dense": dense, "dev": ours, "dev_kept": ours / dense}
 
 
-def row(tier: str, fast: Any, seconds: float) -> dict[str, Any]:
-    """What a conversion's own verification measured."""
+def row(fast: Any, seconds: float) -> dict[str, Any]:
+    """What a conversion took, and what its own verification measured."""
     data = fast.report.to_dict()
-    latency = {v["name"]: v for v in data["latency"]}
-    best = min(v["latency_ms"] for n, v in latency.items() if n != "structc")
-    ours = latency["structc"]["latency_ms"]
     return {
-        "tier": tier,
         "seconds": seconds,
         "peak_memory_mb": data["peak_memory_mb"],
-        "latency_ms": {n: v["latency_ms"] for n, v in latency.items()},
-        "spread": {n: v["spread"] for n, v in latency.items()},
-        "over_eager": latency["eager"]["latency_ms"] / ours,
-        "over_best_dense": best / ours,
         "error": data["verification"]["error"],
-        "runner": data["verification"]["runner"],
+        "runs_as": data["verification"]["runner"],
     }
 
 
+def together(model: nn.Module, products: Mapping[str, nn.Module], rounds: int) -> dict[str, Timed]:
+    """All products and all dense versions in one interleaved run."""
+    dense, notes = baselines(model, to_call(example()), compiled=True)
+    for note in notes:
+        print(note, file=sys.stderr)
+    inputs = example()
+
+    def caller(product: nn.Module) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad():
+                return product(**inputs)
+
+        return call
+
+    ours = {name: caller(product) for name, product in products.items()}
+    return interleaved({**dense, **ours}, rounds=rounds, min_sample_ms=5.0)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print both tiers as JSON lines and as a table."""
+    """Convert in both tiers, then time everything in one run; a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=".models")
     parser.add_argument("--data", type=Path, help="folder with the STS-B files")
     parser.add_argument("--effort", default="quick", choices=("none", "quick", "full"))
     parser.add_argument("--max-drop", type=float, default=0.01)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--rounds", type=int, default=31, help="of the final timing")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
     model, tokenizer = load(options.models)
-    jobs: list[Callable[[], dict[str, Any]]] = [lambda: exact(model, options.effort)]
+    made = {"structc, exact": exact(model, options.effort)}
     if options.data is not None:
-        jobs.append(
-            lambda: approximate(model, tokenizer, options.data, options.effort, options.max_drop)
+        name = f"structc, max_drop={options.max_drop:.0%}"
+        made[name] = approximate(model, tokenizer, options.data, options.effort, options.max_drop)
+    timed = together(model, {n: fast for n, (fast, _) in made.items()}, options.rounds)
+    best = min(t.latency_ms for n, t in timed.items() if n not in made)
+    result = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "rows": {
+            name: {
+                "latency_ms": t.latency_ms,
+                "median_ms": t.median_ms,
+                "spread": t.spread,
+                "over_eager": timed["eager"].latency_ms / t.latency_ms,
+                "over_best_dense": best / t.latency_ms,
+                **(made[name][1] if name in made else {}),
+            }
+            for name, t in timed.items()
+        },
+    }
+    print(json.dumps(result) if options.json else table(result))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as people read it."""
+    lines = [f"torch {result['torch']}, {result['threads']} threads, {result['machine']}", ""]
+    for name, r in result["rows"].items():
+        lines.append(
+            f"{name:24} {r['latency_ms']:7.1f} ms (median {r['median_ms']:.1f}, spread "
+            f"{r['spread']:.1%})  {r['over_eager']:.2f}x eager, "
+            f"{r['over_best_dense']:.2f}x best dense"
         )
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    for job in jobs:
-        found = job()
-        if options.json:
-            print(json.dumps(found))
-            continue
-        print(f"\n{found['tier']}: {found['seconds']:.0f} s, {found['peak_memory_mb']:.0f} MB")
-        for name, ms in found["latency_ms"].items():
-            print(f"  {name:26} {ms:8.1f} ms  spread {found['spread'][name]:.1%}")
-        print(f"  over eager {found['over_eager']:.2f}x", end=", ")
-        print(f"over the best dense {found['over_best_dense']:.2f}x, runs as {found['runner']}")
-        print(f"  largest relative output error {found['error']:.2e}")
-        if "dev" in found:
-            print(
-                f"  STS-B dev Spearman {found['dev']:.4f}, dense {found['dev_dense']:.4f}: "
-                f"{found['dev_kept']:.2%} kept"
+        if "seconds" in r:
+            lines.append(
+                f"{'':24} converted in {r['seconds']:.0f} s, {r['peak_memory_mb']:.0f} MB; largest "
+                f"output error {r['error']:.2e}; runs as {r['runs_as']}"
             )
+        if "dev" in r:
+            lines.append(
+                f"{'':24} STS-B dev Spearman {r['dev']:.4f}, dense {r['dev_dense']:.4f}: "
+                f"{r['dev_kept']:.2%} kept"
+            )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
