@@ -167,10 +167,15 @@ def test_a_demand_that_quality_does_not_allow_carries_the_best_model(
     demand: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "latency" in demand:
+        from structc.passes.race import Raced
         from structc.records import Timed
 
         times = {n: Timed(t, t, 0.0, 9) for n, t in (("eager", 2.0), ("structc", 1.0))}
-        monkeypatch.setattr("structc.passes.trial.race", lambda *_a, **_k: ("graph", times, []))
+
+        def race(model: Any, example: Any, product: Any, *_: Any) -> Raced:
+            return Raced(product, "graph", times)
+
+        monkeypatch.setattr("structc.passes.trial.race", race)
     model = mlp()
     budget = Budget(error=0.05, **demand)
     with pytest.raises(structc.BudgetNotMet, match=next(iter(demand))) as caught:
@@ -522,7 +527,8 @@ def test_a_deepcopy_is_a_product_of_its_own(approximate: tuple[Mlp, CompiledMode
     x = inputs(16, 5)
     with torch.no_grad():
         want = fast(x)
-        assert torch.equal(twin(x), want) and calls_in(lambda: twin(x)) == 2
+        assert torch.equal(twin(x), want)
+        assert calls_in(lambda: twin(x)) == calls_in(lambda: fast(x)) >= 1
         for parameter in twin.parameters():
             parameter.zero_()
         assert torch.equal(fast(x), want) and float(twin(x).abs().max()) == 0.0
