@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from structc import ops
+from structc.numerics import float_leaves, output_error, tolerance
 from structc.passes.region import Runner, view_of
 
 aten = torch.ops.aten
@@ -31,31 +32,56 @@ class Frozen:
     leaves no trace in PyTorch, and is not.
 
     Args:
-        code: takes the tensors among a region's flat inputs.
+        code: takes the tensors among a region's flat inputs, gives its flat outputs.
         view: the graph over its owner's tables.
+
+    Errors: RuntimeError if a weight was made under ``inference_mode``: its changes leave no trace.
     """
 
     def __init__(self, code: Callable[..., Any], view: torch.fx.GraphModule) -> None:
         self.code, self.view = code, view
         names = {str(n.target) for n in view.graph.nodes if n.op == "get_attr"}
         self.getters = [operator.attrgetter(name) for name in sorted(names)]
-        self.held = self._stamps()
+        weights = self._weights()
+        if any(w.is_inference() for w in weights):
+            raise RuntimeError("weights made under inference_mode cannot be frozen")
+        self.held = [_stamp(w) for w in weights]
+        # while they are held, no other tensor can come to lie at their addresses
+        self.storages = [w.untyped_storage() for w in weights]
+        self.constant = _constant_outputs(view.graph)
 
-    def _stamps(self) -> list[tuple[int, int, int]]:
+    def _weights(self) -> list[Tensor]:
         values = (get(self.view) for get in self.getters)
-        return [(id(v), v.data_ptr(), _version(v)) for v in values if isinstance(v, Tensor)]
+        return [v for v in values if isinstance(v, Tensor)]
 
     def current(self) -> bool:
         """Whether every weight is the object that was frozen, unchanged."""
-        return self.held == self._stamps()
+        weights = self._weights()
+        return not any(w.is_inference() for w in weights) and self.held == [
+            _stamp(w) for w in weights
+        ]
 
     def __call__(self, *leaves: Any) -> Any:
         with torch.no_grad():
-            return self.code(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+            flat = list(self.code(*[leaf for leaf in leaves if isinstance(leaf, Tensor)]))
+        for at in self.constant:  # the code's own memory, which the caller may write to
+            flat[at] = flat[at].clone()
+        return flat
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _stamp(weight: Tensor) -> tuple[int, int, int]:
+    return id(weight), weight.data_ptr(), weight._version
+
+
+def _constant_outputs(graph: torch.fx.Graph) -> list[int]:
+    """Which outputs come from weights alone: frozen code returns the same tensor each time."""
+    fed: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in fed for n in node.all_input_nodes):
+            fed.add(node)
+    (outputs,) = graph.output_node().args
+    flat = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    return [i for i, n in enumerate(flat) if isinstance(n, torch.fx.Node) and n not in fed]
 
 
 def freeze(runner: Runner) -> Frozen:
@@ -65,6 +91,9 @@ def freeze(runner: Runner) -> Frozen:
     Sound because: that is the operator's definition.
     Skips when:   the attached kernel is one that Inductor does not have; it stays an operator, and
         Inductor compiles what is around it.
+
+    Errors: whatever Inductor raises, and RuntimeError if its code gives something else than the
+        graph on the example.
     """
     region, owner = runner.region, runner.owner
     assert owner is not None
@@ -80,7 +109,12 @@ def freeze(runner: Runner) -> Frozen:
     tensors: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with torch.no_grad():
         code: Any = torch._inductor.compile(view, tensors, options={"freezing": True})
-    return Frozen(code, runner.view)
+        frozen = Frozen(code, runner.view)
+        want, got = (f(*pytree.tree_map_only(Tensor, torch.clone, leaves)) for f in (view, frozen))
+    error = output_error(list(got), list(want))
+    if error > max((tolerance(t.dtype) for t in float_leaves(list(want))), default=0.0):
+        raise RuntimeError(f"Inductor's code moves the output by {error:.2g}")
+    return frozen
 
 
 def _drop_constants(graph: torch.fx.Graph, leaves: Sequence[Any]) -> None:

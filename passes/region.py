@@ -86,14 +86,22 @@ class Runner:
         self.region = region
         self.out_spec = region.graph.meta["out_spec"]
         self.compiled: Any = None
-        self.compiled_sizes = example_sizes(region)
+        self.compiled_layout = example_layout(region)
         self.active = True
         self._adopt(owner)
 
     def _adopt(self, owner: nn.Module) -> None:
-        self.owner: nn.Module | None = owner
         self.view: Any = view_of(self.region.graph, owner)
-        self._hooks = [t for m in owner.modules() for t in _hook_tables(m) if m is not owner]
+        self._modules = list(owner.modules())
+        self._children = _children(self._modules)
+        self._hooks = [t for m in self._modules for t in _hook_tables(m) if m is not owner]
+        self.owner: nn.Module | None = owner  # last: other threads look at it first
+
+    def _as_exported(self) -> bool:
+        """Whether the modules inside are those of the export, none in train mode."""
+        if any(m.training for m in self._modules):
+            return False
+        return _children(self._modules) == self._children
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         twin = copy.copy(self)  # its module is still being copied: adopted at the first call
@@ -101,6 +109,8 @@ class Runner:
         return twin
 
     def _hooked(self) -> bool:
+        if nn.modules.module._has_any_global_hook():
+            return True
         return any(self._hooks) and any(_live(hook) for t in self._hooks for hook in t.values())
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,7 +119,7 @@ class Runner:
             return MISS
         if module is not self.owner:
             self._adopt(module)
-        if self._hooked():
+        if self._hooked() or not self._as_exported():
             return MISS
         try:
             call = canonical_of(module, args, kwargs)
@@ -119,10 +129,10 @@ class Runner:
         sizes = bind_sizes(self.region.guards, leaves, spec)
         if sizes is None or _wants_gradient(leaves, module):
             return MISS
-        code = self.view
-        if self.compiled is not None and sizes == self.compiled_sizes:
-            if self.compiled.current():
-                code = self.compiled
+        code, compiled = self.view, self.compiled
+        if compiled is not None and layout_of(leaves) == self.compiled_layout:
+            if compiled.current():
+                code = compiled
             else:
                 log.info("weights changed: the compiled code of %r is let go", self.region.path)
                 self.compiled = None
@@ -157,7 +167,7 @@ def runners(tree: nn.Module) -> list[Runner]:
 
 
 def canonical_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The canonical call of a module with a region; the signature is read once."""
+    """The canonical call of a module with a region."""
     if not inspect.ismethod(module.forward):
         raise ConfigError("forward was replaced on the instance")
     return canonical(module, Call(args, kwargs))
@@ -193,10 +203,22 @@ def bind_sizes(guards: Guards, leaves: list[Any], spec: Any) -> dict[str, int] |
     return sizes
 
 
-def example_sizes(region: Region) -> dict[str, int] | None:
-    """The sizes of the call that a region was exported from."""
-    leaves, spec = pytree.tree_flatten((region.example.args, region.example.kwargs))
-    return bind_sizes(region.guards, leaves, spec)
+Layout = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def example_layout(region: Region) -> Layout:
+    """Sizes and strides of the call that a region was exported from: compiled code is for these."""
+    return layout_of(pytree.tree_leaves((region.example.args, region.example.kwargs)))
+
+
+def layout_of(leaves: list[Any]) -> Layout:
+    """Sizes and strides of the tensors among flat inputs."""
+    return [(tuple(t.shape), t.stride()) for t in leaves if isinstance(t, Tensor)]
+
+
+def _children(modules: list[nn.Module]) -> list[tuple[int, type]]:
+    """What stands where: a layer that is replaced, wrapped or added changes it."""
+    return [(id(c), type(c)) for m in modules for c in m._modules.values()]
 
 
 def _wants_tree() -> bool:

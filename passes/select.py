@@ -174,7 +174,7 @@ def search(
             best = plan if least == "params" or plan.predicted_ms <= best.predicted_ms else best
         else:
             high = min(high, at)
-        if at >= top or high < 1.04 * low:
+        if (value <= allowed and at >= top) or high < 1.04 * low:
             break
         if new:
             at = _next_error(plan.predicted_error, value, allowed, power, low, high)

@@ -8,8 +8,10 @@ plan, so error and metric budgets are always met in the end.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,19 +199,31 @@ def baselines(
     return calls, notes
 
 
+_count = itertools.count()
+
+
 def _forward_of(model: nn.Module) -> Callable[..., Any]:
-    """A function of its own for each compilation, so that one does not reuse the other's code."""
+    """A function with code of its own: Dynamo keeps what it compiled with the code object.
+
+    So one compilation does not reuse the other's code, no limit on recompilations is met, and what
+    was compiled goes when the function goes.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    return forward
+    code = forward.__code__.replace(co_name=f"forward_{next(_count)}")
+    own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return own
 
 
 def unmet_demand(
     budget: Budget, plan: Plan, verification: Verification, table: Mapping[str, Sequence[Candidate]]
 ) -> str | None:
-    """What a budget demands of latency or parameters and quality does not allow, in a sentence."""
+    """What a budget demands and the product does not give, in a sentence."""
+    if not verification.held:
+        return f"quality: not even the model's own layers agree with it ({verification.error:.2g})"
     if budget.latency is not None and verification.latency:
         ours = verification.latency["structc"].latency_ms
         best = min(t.latency_ms for n, t in verification.latency.items() if n != "structc")

@@ -100,6 +100,8 @@ _derived: Any = WeakTensorKeyDictionary()
 def derived(weight: Tensor, tag: str, make: Callable[[Tensor], Any]) -> Any:
     """Data computed from a weight once (a packed layout), until the weight changes or dies.
 
+    Writing through ``weight.data`` leaves no trace in PyTorch, and is not noticed.
+
     Never in a state dict: an in-place change raises the tensor's version, and the data are made
     again; a tensor without versions (made under ``inference_mode``) is never cached.
     """
