@@ -65,7 +65,7 @@ def _adopt(tree: nn.Module, site: LinearSite, module: AbstractFamily) -> str:
     path = site.nodes[0].region
     owner = tree.get_submodule(path)
     if FACTORS not in owner._modules:
-        owner._modules[FACTORS] = nn.Module()
+        owner._modules[FACTORS] = nn.Module().train(owner.training)
     key = site.weight.removeprefix(f"{path}.").replace(".", "_")
     owner._modules[FACTORS]._modules[key] = module  # type: ignore[union-attr]
     return ".".join(p for p in (path, FACTORS, key) if p)
