@@ -100,7 +100,7 @@ def materialise(
         dense = Dense(parameter, transposed=site.transposed)
         if old is not None:
             dense.bias = old if isinstance(old, nn.Parameter) else nn.Parameter(old)
-        return dense
+        return dense.train(False)
     objective = objectives.of(site)
     module = objective.fit(family, hyper)
     if isinstance(module, Refusal):

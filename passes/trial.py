@@ -282,7 +282,10 @@ def verify_product(
         if lab.quality is not None:
             metric = _metric(lab, product, "verify")
         held = V.holds(budget, error, tolerance, metric, dense)
-    product, runner, latency, notes = _raced(lab, table, plan, product, untouched, effort, progress)
+    raced = _raced(lab, table, plan, product, untouched, effort, progress)
+    product, runner, latency, notes = raced
+    if not held:
+        notes = (*notes, "the model's own layers do not agree with it: is it deterministic?")
     if product.replaced and budget.params is None and slower(latency):
         ours, eager = latency["structc"], latency["eager"]
         notes = (

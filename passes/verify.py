@@ -221,9 +221,7 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
 def unmet_demand(
     budget: Budget, plan: Plan, verification: Verification, table: Mapping[str, Sequence[Candidate]]
 ) -> str | None:
-    """What a budget demands and the product does not give, in a sentence."""
-    if not verification.held:
-        return f"quality: not even the model's own layers agree with it ({verification.error:.2g})"
+    """What a budget demands of latency or parameters and quality does not allow, in a sentence."""
     if budget.latency is not None and verification.latency:
         ours = verification.latency["structc"].latency_ms
         best = min(t.latency_ms for n, t in verification.latency.items() if n != "structc")
