@@ -174,7 +174,8 @@ def _kernel(form: Form, dtype: torch.dtype, job: Job) -> ops.Kernel | Refusal:
 
 def _inputs(n: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    first, second = torch.randn(2, rows, n, generator=generator).to(dtype).unbind()
+    both = torch.randn(2, rows, n, generator=generator, dtype=torch.float32, device="cpu")
+    first, second = both.to(dtype).unbind()
     return first, second
 
 
@@ -253,11 +254,11 @@ def _guarded(problem: Problem, x: Tensor) -> tuple[Tensor, bool]:
     if into is None:
         return problem.run(x, problem.weights), True
     size = x.shape[0] * problem.form.out_features
-    memory = torch.full((size + 2 * GUARD,), _SENTINEL, dtype=x.dtype)
+    memory = x.new_full((size + 2 * GUARD,), _SENTINEL)
     y = memory[GUARD : GUARD + size].fill_(float("nan")).view(x.shape[0], -1)
     into(x, problem.weights, y)
     bands = torch.cat([memory[:GUARD], memory[GUARD + size :]])
-    return y, bool((bands == torch.tensor(_SENTINEL, dtype=x.dtype)).all())
+    return y, bool((bands == x.new_tensor(_SENTINEL)).all())
 
 
 def _refuse(job: Job, code: str, reason: str) -> Refusal:

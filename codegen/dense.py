@@ -102,7 +102,7 @@ def _has_mkl() -> bool:
     if not torch.backends.mkl.is_available():
         return False
     try:
-        w, x = torch.ones(8, 16), torch.ones(4, 16)
+        w, x = (torch.ones(n, 16, dtype=torch.float32, device="cpu") for n in (8, 4))
         packed = torch.ops.mkl._mkl_reorder_linear_weight(w, 4)
         return bool((torch.ops.mkl._mkl_linear(x, packed, w, None, 4) == 16).all())
     except (RuntimeError, AttributeError, NotImplementedError):
@@ -139,7 +139,7 @@ def _onednn_missing(dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"oneDNN has no {dtype} product"
     try:
-        w, x = torch.ones(8, 16, dtype=dtype), torch.ones(4, 16, dtype=dtype)
+        w, x = (torch.ones(n, 16, dtype=dtype, device="cpu") for n in (8, 4))
         packed = torch.ops.mkldnn._reorder_linear_weight(w, 4)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (RuntimeError, AttributeError, NotImplementedError) as e:
@@ -160,7 +160,7 @@ def _tile(
     def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         if len(weights) == 1:  # one library serves both; adding zeros costs nothing measurable
             if not zeros:
-                zeros.append(torch.zeros(form.out_features))
+                zeros.append(torch.zeros(form.out_features, dtype=dtype, device="cpu"))
             weights = (weights[0], zeros[0])
         return kernel(x, weights)
 

@@ -114,7 +114,7 @@ class Measurement:
                 return self._baseline(result), timed
             index, refusal = result
             if index < len(yardstick):  # the yardstick itself, or a death outside any kernel
-                self.refused += [(c, refusal) for c, _ in able]
+                self.refused += [(c, _untimed(c, refusal)) for c, _ in able]
                 able.clear()
             else:
                 self.refused.append((able.pop(index - len(yardstick))[0], refusal))
@@ -170,6 +170,12 @@ def choose(timed: Sequence[Timed], bounds: tuple[float, float] = MARGIN) -> int:
     default, best = timed[0], timed[winner]
     margin = max(bounds[0], min(bounds[1], default.spread, best.spread))
     return winner if best.latency_ms < default.latency_ms * (1 - margin) else 0
+
+
+def _untimed(contender: Contender, refusal: Refusal) -> Refusal:
+    """Something else took the worker down: that says nothing about this contender."""
+    reason = f"{contender.kernel} was not timed: {refusal.reason} ({refusal.code})"
+    return Refusal("", contender.kernel, "WORKER", reason)
 
 
 def _refused_row(contender: Contender, refusal: Refusal) -> Row:

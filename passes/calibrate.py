@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ class Parts:
     Attributes:
         fit: Gram matrices come from these.
         select: the metric that selection sees.
-        verify: the final verification, read once.
+        verify: the verification, and each roll-back that it asks for.
         notes: sentences for the report.
     """
 
@@ -110,24 +112,28 @@ def calibrate(
     notes = [f"{dropped} calibration batches with NaN or infinity were left out"] if dropped else []
     stats: dict[str, InputStats] = {}
     chunks = list(_chunks(groups, memory_mb))
-    spill = WorkDir(Path(tempfile.mkdtemp(prefix="structc-")), {}) if len(chunks) > 1 else None
-    if spill is not None:
-        need = sum(s.in_features**2 for s in groups.values()) * 8 / 1e6
-        notes.append(
-            f"Gram matrices need {need:.0f} MB, more than {memory_mb} MB: {len(chunks)} passes"
-        )
-    for at, chunk in enumerate(chunks):
-        missing = {g: s for g, s in chunk.items() if not _resume(g, work, stats)}
-        if missing:
-            made = _one_pass(captured, missing, calls, progress, (at, len(chunks)))
-            for group, value in made.items():
-                _keep(group, value, work)
-                stats[group] = value
-        if spill is not None:
-            for group in chunk:
-                _keep(group, stats[group], spill)
-                stats[group] = _Spilled(spill, group)  # type: ignore[assignment]
-    resolved = _Stats(stats)
+    with ExitStack() as until:
+        spill = None
+        if len(chunks) > 1:
+            folder = until.enter_context(tempfile.TemporaryDirectory(prefix="structc-"))
+            spill = WorkDir(Path(folder), {})
+            need = sum(s.in_features**2 for s in groups.values()) * 8 / 1e6
+            notes.append(
+                f"Gram matrices need {need:.0f} MB, more than {memory_mb} MB: {len(chunks)} passes"
+            )
+        for at, chunk in enumerate(chunks):
+            missing = {g: s for g, s in chunk.items() if not _resume(g, work, stats)}
+            if missing:
+                made = _one_pass(captured, missing, calls, progress, (at, len(chunks)))
+                for group, value in made.items():
+                    _keep(group, value, work)
+                    stats[group] = value
+            if spill is not None:
+                for group in chunk:
+                    _keep(group, stats[group], spill)
+                    stats[group] = _Spilled(spill, group)  # type: ignore[assignment]
+        resolved = _Stats(stats)
+        weakref.finalize(resolved, until.pop_all().close)  # what it reads goes with it
     bad = sum(s.dropped for s in stats.values() if isinstance(s, InputStats))
     if bad:
         notes.append(f"{bad} rows of activations were not finite and did not count")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import operator
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from structc import settings
 from structc.families import BY_NAME, AbstractFamily, LowRank
 from structc.numerics import regularised, weighted_error
 from structc.passes.calibrate import centred
 from structc.records import Captured, Hyper, LinearSite, Profile, Refusal
+
+KEPT, SHARE = 16, 4
+"""Objectives kept, at most; one part in so many of the memory for calibration is theirs."""
 
 
 class Objective:
@@ -58,6 +65,11 @@ class Objective:
             weight = _mixed(self._root(1)[0], weight)
         return LowRank.curve(weight, self.gram, ranks)
 
+    @property
+    def root_bytes(self) -> int:
+        """What the root and its inverse take, or will."""
+        return 0 if self.out_gram is None else 2 * self.out_gram.nbytes
+
     def _root(self, blocks: int) -> tuple[Tensor, Tensor]:
         """S with ``S^T S = G_bb``, and its inverse, for so many diagonal blocks, ``(b, s, s)``."""
         if blocks == 1 and self._whole is not None:
@@ -74,22 +86,43 @@ class Objective:
 
 
 class Objectives:
-    """The objective of each site; made once and kept, for roots cost a decomposition."""
+    """The objectives of sites, for several threads at once.
+
+    Those used last are kept, for roots cost a decomposition: a few, and inside a share of the
+    memory. Sites of one group share a Gram matrix for as long as any of their objectives lives.
+    """
 
     def __init__(self, captured: Captured, profile: Profile | None) -> None:
         self.captured, self.profile = captured, profile
-        self._made: dict[str, Objective] = {}
+        self._limit = settings.current().memory_mb * 1e6 / SHARE
+        self._kept: OrderedDict[str, Objective] = OrderedDict()
+        self._grams: weakref.WeakValueDictionary[tuple[str, bool], Tensor]
+        self._grams = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
 
     def of(self, site: LinearSite) -> Objective:
         """The objective of a site."""
-        if site.name not in self._made:
-            out_grams: Mapping[str, Tensor] = self.profile.out_grams if self.profile else {}
-            self._made[site.name] = Objective(
-                weight_of(self.captured, site),
-                gram_of(site, self.profile),
-                out_grams.get(site.name),
-            )
-        return self._made[site.name]
+        with self._lock:  # also while a Gram matrix is made: others of its group wait for the same
+            objective = self._kept.get(site.name) or self._make(site)
+            self._kept[site.name] = objective
+            self._kept.move_to_end(site.name)
+            while len(self._kept) > 1 and (len(self._kept) > KEPT or self._held() > self._limit):
+                self._kept.popitem(last=False)
+            return objective
+
+    def _make(self, site: LinearSite) -> Objective:
+        out_grams: Mapping[str, Tensor] = self.profile.out_grams if self.profile else {}
+        key = (site.group, bool(site.bias))
+        gram = self._grams.get(key)
+        if gram is None:
+            gram = gram_of(site, self.profile)
+            if gram is not None:
+                self._grams[key] = gram
+        return Objective(weight_of(self.captured, site), gram, out_grams.get(site.name))
+
+    def _held(self) -> int:
+        grams = {id(o.gram): o.gram.nbytes for o in self._kept.values() if o.gram is not None}
+        return sum(grams.values()) + sum(o.root_bytes for o in self._kept.values())
 
 
 def weight_of(captured: Captured, site: LinearSite) -> Tensor:

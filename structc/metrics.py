@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from structc.errors import ConfigError
 from structc.inputs import token_mask
 from structc.numerics import float_leaves
 from structc.records import Call
@@ -61,7 +62,8 @@ def _embedding(output: Any, call: Call) -> Tensor:
             weight = mask.to(leaf.dtype).unsqueeze(-1)
             return (leaf * weight).sum(1) / weight.sum(1).clamp_min(1)
         return leaf.mean(1)
-    return leaf.reshape(leaf.shape[0] if leaf.dim() else 1, -1)
+    leaf = leaf if leaf.dim() else leaf[None]
+    return leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))  # not -1: there may be no items
 
 
 def _log_probabilities(output: Any, call: Call) -> Tensor:
@@ -81,6 +83,7 @@ def _log_probabilities(output: Any, call: Call) -> Tensor:
 def _similarity_spearman(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     from scipy.stats import spearmanr
 
+    _count(theirs, "similarity_spearman")
     a, b = (F.normalize(torch.cat(list(s)), dim=1) for s in (ours, theirs))
     if len(a) < 3:
         return _cosine(ours, theirs)
@@ -91,20 +94,33 @@ def _similarity_spearman(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> fl
 
 
 def _cosine(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    _count(theirs, "cosine")
     return float(F.cosine_similarity(torch.cat(list(ours)), torch.cat(list(theirs))).mean())
 
 
 def _kl(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    total, count = 0.0, 0
+    count, total = _count(theirs, "kl"), 0.0
     for a, b in zip(ours, theirs, strict=True):
         total += float(F.kl_div(a, b, log_target=True, reduction="sum"))
-        count += len(a)
-    return math.exp(-max(total, 0.0) / max(count, 1))
+    return math.exp(-max(total, 0.0) / count)
 
 
 def _top1(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    _count(theirs, "top1_agreement")
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, theirs, strict=True)])
-    return float(same.float().mean()) if len(same) else 1.0
+    return float(same.float().mean())
+
+
+def _count(summaries: Sequence[Tensor], name: str) -> int:
+    """How much there is to compare; nothing at all is no agreement."""
+    count = sum(len(s) for s in summaries)
+    if not count:
+        raise ConfigError(
+            f"{name}: the model's outputs hold nothing that it could compare",
+            hint="It needs floating outputs at positions that are not padding; give a metric of "
+            "your own, or budget an error.",
+        )
+    return count
 
 
 similarity_spearman = Agreement("similarity_spearman", _embedding, _similarity_spearman)

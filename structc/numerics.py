@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structc.errors import ConfigError
 
 _TOLERANCE = {
     torch.float64: 1e-12,
@@ -53,14 +57,24 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def output_error(output: Any, reference: Any, mask: Tensor | None = None) -> float:
-    """Largest relative error over the floating leaves of two model outputs.
+    """Largest error over the tensors in two model outputs.
+
+    That of a floating tensor is its relative error, that of any other (class numbers, token ids,
+    masks) the share of its elements that differ. Outputs of numbers and texts alone are compared
+    by value.
 
     Args:
-        output, reference: pytrees of the same shape (tensors, tuples, dicts, model outputs).
+        output, reference: pytrees of the same shape (tensors, tuples, dicts, model outputs), or
+            objects that hold them.
         mask: ``(B, T)``, nonzero where tokens count; leaves of shape ``(B, T, ...)`` are compared
             there alone, so that padding does not count.
+
+    Errors: :class:`ConfigError` if nothing in the reference can be compared: an unknown error is
+        not an error of zero.
     """
-    ours, theirs = list(float_leaves(output)), list(float_leaves(reference))
+    ours, theirs = tensor_leaves(output), tensor_leaves(reference)
+    if not theirs:
+        return _plain_error(output, reference)
     if len(ours) != len(theirs):
         return math.inf
     worst = 0.0
@@ -70,24 +84,76 @@ def output_error(output: Any, reference: Any, mask: Tensor | None = None) -> flo
         if mask is not None and a.shape[: mask.dim()] == mask.shape:
             keep = mask.to(torch.bool)
             a, b = a[keep], b[keep]
-        worst = max(worst, relative_error(a, b))
+        worst = max(worst, relative_error(a, b) if _is_float(b) else _share_changed(a, b))
+    return worst
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _share_changed(value: Tensor, reference: Tensor) -> float:
+    return float((value != reference).double().mean()) if reference.numel() else 0.0
+
+
+def _plain_error(output: Any, reference: Any) -> float:
+    """The error of an output without tensors: numbers and texts compare, all else is unknown."""
+    theirs, shape = pytree.tree_flatten(reference)
+    for value in theirs:
+        if value is not None and not isinstance(value, (bool, int, float, complex, str, bytes)):
+            raise ConfigError(
+                f"output: no tensor can be read in a {type(value).__name__}, so the error of the "
+                "model's output is unknown",
+                hint="Let forward return tensors, or containers or objects that hold them.",
+            )
+    ours, ours_shape = pytree.tree_flatten(output)
+    if shape != ours_shape:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(a, float) and isinstance(b, float):
+            error = relative_error(*(torch.tensor(v, dtype=torch.float64) for v in (a, b)))
+        else:
+            error = 0.0 if type(a) is type(b) and a == b else math.inf
+        worst = max(worst, error)
     return worst
 
 
 def float_leaves(output: Any) -> Iterator[Tensor]:
     """The floating and complex tensors in a model's output, in a fixed order."""
+    return (leaf for leaf in tensor_leaves(output) if _is_float(leaf))
+
+
+def tensor_leaves(output: Any) -> list[Tensor]:
+    """All tensors in a model's output, in a fixed order.
+
+    Caches for the next call are state, not answer: they count only where nothing else is there.
+    """
+    return list(_leaves(output, {}, False)) or list(_leaves(output, {}, True))
+
+
+def _leaves(output: Any, seen: dict[int, Any], states: bool) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        if output.is_floating_point() or output.is_complex():
-            yield output
-    elif isinstance(output, dict):  # ModelOutput is one; its order is the field order
-        for value in output.values():
-            yield from float_leaves(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from float_leaves(value)
-    elif is_dataclass(output) and not isinstance(output, type):
-        for field in fields(output):
-            yield from float_leaves(getattr(output, field.name))
+        yield output
+        return
+    for value in _children(output, seen, states):
+        yield from _leaves(value, seen, states)
+
+
+def _children(output: Any, seen: dict[int, Any], states: bool) -> list[Any]:
+    """What a container or an object holds; an object that was seen holds nothing new."""
+    if isinstance(output, dict):  # ModelOutput is one; its order is the field order
+        return list(output.values())
+    if isinstance(output, (list, tuple)):
+        return list(output)
+    if isinstance(output, (type, ModuleType, nn.Module)) or id(output) in seen:
+        return []  # a model that is handed out with its output is no part of it
+    if not states and any(kind.__name__.endswith("Cache") for kind in type(output).__mro__):
+        return []  # transformers' caches are plain objects
+    seen[id(output)] = output  # held, so that nothing else gets its id meanwhile
+    if is_dataclass(output):
+        return [getattr(output, field.name) for field in fields(output)]
+    return list(getattr(output, "__dict__", {}).values())
 
 
 def weighted_error(
@@ -117,7 +183,9 @@ def regularised(gram: Tensor, amount: float = 1e-4) -> Tensor:
     minimising one stated objective.
     """
     level = float(gram.diagonal().mean()) * amount
-    return gram + max(level, torch.finfo(gram.dtype).tiny) * torch.eye(len(gram), dtype=gram.dtype)
+    made = gram.clone()  # not a sum with an identity: these are the largest matrices there are
+    made.diagonal().add_(max(level, torch.finfo(gram.dtype).tiny))
+    return made
 
 
 def generator(seed: int) -> torch.Generator:

@@ -23,11 +23,13 @@ from structc.compiled import CompiledModel, Handle, handle_of, wrap
 from structc.errors import (
     BudgetNotMet,
     ConfigError,
+    UnsupportedModel,
 )
 from structc.hardware import target
 from structc.inputs import calibration_calls, to_call
 from structc.options import Log, Options, Progress, keep, resolve
 from structc.passes import trial
+from structc.passes.acceptance import verify_product
 from structc.passes.calibrate import Parts, calibrate, split
 from structc.passes.capture import capture, check_supported, copy_buffers, preserved_buffers
 from structc.passes.clone import clone_tree
@@ -87,8 +89,8 @@ def compile(
         example_inputs: of the sizes that matter: a tensor, a tuple, a dict or (tuple, dict).
             Without any, ``model.dummy_inputs`` or ``model.example_input_array`` serve, else the
             first call.
-        calibration: batches in the same forms, a DataLoader, or a function that returns them; the
-            last third is kept for selection and verification. None: fits know no data.
+        calibration: batches in the same forms, a DataLoader, or a function that returns them; a
+            third is kept for selection and verification. None: fits know no data.
         budget: what quality may be spent; ``Budget()`` is the exact tier.
         config: ``{pattern: choice}`` with a family's name, ``{"family": ..., hyper...}`` or None
             for dense; the first matching pattern counts, ``"_default"`` last.
@@ -122,7 +124,7 @@ def compile(
         progress=progress,
     )
     with public_boundary(options.work_dir):
-        check_supported(model)
+        _check(model)
         known = handle_of(model)
         if known is not None:
             original = known.original() if known.original else None
@@ -143,13 +145,20 @@ def compile_(model: nn.Module, example_inputs: Any = None, **options: Any) -> Co
 
     Returns:
         The same object, now of a compiled subclass of its class.
+
+    Errors: those of :func:`compile`; :class:`ConfigError` too if there are no example inputs, for
+        what waits for its first call replaces nothing.
     """
-    fast = compile(model, example_inputs, **options)
-    model.__dict__ = fast.__dict__
-    model.__class__ = fast.__class__
-    handle = handle_of(model)
-    assert handle is not None
-    handle.original = None  # it is this one, and compiled now
+    with public_boundary():
+        _check(model)
+        example = _required_example(model, example_inputs, "compile_")
+    fast = compile(model, example, **options)  # its own boundary; a misspelt option is a TypeError
+    with public_boundary():
+        handle = handle_of(fast)
+        assert handle is not None
+        model.__dict__ = fast.__dict__
+        model.__class__ = fast.__class__
+        handle.original = None  # it is this one, and compiled now
     return model  # type: ignore[return-value]
 
 
@@ -169,13 +178,8 @@ def inspect(
         budget=Budget(error=1.0), ignore=ignore, effort=effort, verify=False, progress=progress
     )
     with public_boundary(options.work_dir):
-        check_supported(model)
-        example = _example(model, example_inputs)
-        if example is None:
-            raise ConfigError(
-                "inspect: the model brings no example inputs of its own",
-                hint="Give example_inputs: a tensor, a tuple, a dict or (tuple, dict).",
-            )
+        _check(model)
+        example = _required_example(model, example_inputs, "inspect")
         notes = Log()
         with notes.stage("capture"):
             captured = capture(model, example)
@@ -251,7 +255,7 @@ def _stages(
         product = lab.product(plan, table)
     dump("rewrite", [r.region for r in product.runners])
     with stage("verify"):
-        product, plan, verification = trial.verify_product(
+        product, plan, verification = verify_product(
             lab,
             table,
             plan,
@@ -351,6 +355,27 @@ def _example(model: nn.Module, example_inputs: Any) -> Call | None:
     return None
 
 
+def _required_example(model: nn.Module, example_inputs: Any, caller: str) -> Call:
+    example = _example(model, example_inputs)
+    if example is None:
+        raise ConfigError(
+            f"{caller}: the model brings no example inputs of its own",
+            hint="Give example_inputs: a tensor, a tuple, a dict or (tuple, dict).",
+        )
+    return example
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse what cannot be compiled as a whole, before anything runs."""
+    check_supported(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise UnsupportedModel(
+                f"model: {name} is on {tensor.device}; structc calibrates and times on the CPU",
+                hint="Compile a copy on the CPU: model.to('cpu').",
+            )
+
+
 def _fingerprint(model: nn.Module, calls: list[Call], options: Options) -> dict[str, str]:
     """What finished work depends on. Nothing is hashed when nothing is kept."""
     if options.work_dir is None:
@@ -376,6 +401,7 @@ def _deferred(model: nn.Module, options: Options, calibration: Any) -> CompiledM
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with public_boundary(options.work_dir):
+            _check(model)  # it may have moved since
             fast = _convert(model, Call(args, kwargs), calibration, options)
         self.__dict__ = fast.__dict__
         self.__class__ = fast.__class__

@@ -20,7 +20,7 @@ import structc
 from structc import Budget, ops
 from structc.compiled import CompiledModel
 from structc.families import Dense, LowRank
-from structc.numerics import output_error
+from structc.numerics import output_error, relative_error
 
 WIDTH = 192
 
@@ -175,7 +175,7 @@ def test_a_demand_that_quality_does_not_allow_carries_the_best_model(
         def race(model: Any, example: Any, product: Any, *_: Any) -> Raced:
             return Raced(product, "graph", times)
 
-        monkeypatch.setattr("structc.passes.trial.race", race)
+        monkeypatch.setattr("structc.passes.acceptance.race", race)
     model = mlp()
     budget = Budget(error=0.05, **demand)
     with pytest.raises(structc.BudgetNotMet, match=next(iter(demand))) as caught:
@@ -412,6 +412,73 @@ def test_compile_in_place_is_the_same_object() -> None:
         assert torch.equal(twin(inputs(8)), model(inputs(8)))
         twin.down.bias += 1
         assert not torch.equal(twin(inputs(8)), model(inputs(8))), "its graph reads its own factors"
+
+
+def test_compile_in_place_without_inputs_changes_nothing() -> None:
+    model = mlp()
+    before, kind = dict(model.__dict__), type(model)
+    with pytest.raises(structc.ConfigError, match="compile_: the model brings") as caught:
+        structc.compile_(model, effort="none")
+    assert caught.value.hint and type(model) is kind and model.__dict__ == before
+    with pytest.raises(TypeError, match="no_such_option"):
+        structc.compile_(model, inputs(8), no_such_option=1)
+    model.example_input_array = inputs(8)
+    assert structc.compile_(model, effort="none") is model and isinstance(model, CompiledModel)
+
+
+@pytest.mark.parametrize("where", ["weight", "buffer"])
+def test_models_on_other_devices_are_refused_before_anything_runs(where: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = sequential()
+    with FakeTensorMode():  # a tensor on a device that this machine need not have
+        elsewhere = torch.empty(12, device="cuda")
+    if where == "buffer":
+        model.register_buffer("somewhere", elsewhere)
+    else:
+        model.register_parameter("somewhere", nn.Parameter(elsewhere))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    for call in (structc.compile, structc.compile_, structc.inspect):
+        with pytest.raises(structc.UnsupportedModel, match="somewhere is on cuda") as caught:
+            call(model, floats(2, 12))
+        assert "CPU" in caught.value.hint
+    late = sequential()
+    deferred = structc.compile(late, effort="none")
+    late.register_buffer("somewhere", elsewhere)
+    with pytest.raises(structc.UnsupportedModel, match="cuda"):
+        deferred(floats(2, 12))
+
+
+class Classes(nn.Module):
+    """Says nothing but the number of the best class, or hides its floats in an object."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.inner, self.plain = Mlp(), plain
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.inner(x)
+        if not self.plain:
+            return logits.argmax(-1)
+        answer = type("Answer", (), {})()
+        answer.logits = logits
+        return answer
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["argmax", "object"])
+def test_an_error_budget_sees_outputs_of_any_kind(plain: bool) -> None:
+    model = Classes(plain).eval()
+    fast = structc.compile(model, inputs(96), **{**APPROXIMATE, "budget": Budget(error=0.01)})
+    verification = fast.report.to_dict()["verification"]
+    with torch.no_grad():
+        for seed in (50, 51):
+            got, want = fast(inputs(96, seed)), model(inputs(96, seed))
+            if plain:
+                assert relative_error(got.logits, want.logits) < 0.03
+            else:
+                assert float((got != want).double().mean()) < 0.03
+    assert verification["held"] and verification["error"] <= 0.01
 
 
 def test_compile_in_place_frees_what_it_replaces() -> None:

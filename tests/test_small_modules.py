@@ -211,6 +211,57 @@ def test_output_errors_take_the_worst_leaf() -> None:
     assert numerics.output_error(x[:3], x) == numerics.output_error((x, x), (x,)) == math.inf
 
 
+def test_whole_numbers_count_by_the_share_that_differs() -> None:
+    ids, flags = torch.arange(8).view(2, 4), torch.tensor([True, False])
+    other = ids.clone()
+    other[0, 0] = 99
+    assert numerics.output_error((ids, flags), (ids.clone(), flags.clone())) == 0.0
+    assert numerics.output_error(other, ids) == pytest.approx(1 / 8)
+    assert numerics.output_error((ids, ~flags), (ids, flags)) == 1.0
+    assert numerics.output_error(other, ids, torch.tensor([[0, 1, 1, 1]] * 2)) == 0.0
+    assert numerics.output_error(ids[:, :2], ids) == math.inf
+    assert numerics.output_error(ids[:0], ids[:0]) == 0.0
+    assert list(numerics.float_leaves((ids, flags))) == []
+
+
+class Plain:
+    """An output without any of the usual kinds, that may hold itself."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+
+def test_plain_objects_are_looked_into() -> None:
+    x = floats(3, 4)
+    want, got = (Plain(logits=[v], name="n", kind=dict, model=nn.Linear(2, 2)) for v in (x, x * 2))
+    want.again, got.again = want, got
+    assert numerics.output_error(got, want) == pytest.approx(1.0)
+    assert numerics.output_error((1, {"a": want}), (1, {"a": want})) == 0.0
+    assert [t is x for t in numerics.float_leaves(want)] == [True]
+
+
+def test_caches_are_state_unless_there_is_nothing_else() -> None:
+    from transformers import DynamicCache
+
+    x, caches = floats(1, 2, 3, 4), [DynamicCache(), DynamicCache()]
+    for at, cache in enumerate(caches):
+        cache.update(x * (at + 1), x, 0)
+    assert numerics.output_error(Plain(y=x, c=caches[1]), Plain(y=x, c=caches[0])) == 0.0
+    assert numerics.output_error(caches[1], caches[0]) == pytest.approx(1.0)
+
+
+def test_outputs_without_tensors_compare_by_value_or_not_at_all() -> None:
+    for value in (None, 3, "text", (), {"a": [1.5, None]}):
+        assert numerics.output_error(value, value) == 0.0
+    assert numerics.output_error(1.1, 1.0) == pytest.approx(0.1)
+    for got, want in ((1, 2), (None, 0), ([1], [1, 1]), (floats(2), 3), ("a", "b")):
+        assert numerics.output_error(got, want) == math.inf
+    for opaque in (object(), {"a": iter(())}, Plain(name="n")):
+        with pytest.raises(ConfigError, match="no tensor") as caught:
+            numerics.output_error(opaque, opaque)
+        assert caught.value.hint
+
+
 def test_padding_does_not_count() -> None:
     x = floats(2, 3, 4)
     y, mask = x.clone(), torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -557,6 +608,18 @@ def test_padding_counts_in_no_metric() -> None:
         assert metric.measure(
             [metric.summary(y, call)], [metric.summary(x, call)]
         ) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("metric", MEASURES, ids=lambda m: m.name)
+def test_nothing_to_compare_is_no_agreement(metric: metrics.Agreement) -> None:
+    padding = Call((), {"attention_mask": torch.zeros(2, 3, dtype=torch.long)})
+    summaries = [metric.summary(torch.arange(3), Call((), {}))]
+    if metric in (metrics.kl, metrics.top1_agreement):
+        summaries.append(metric.summary(floats(2, 3, 8), padding))
+    for summary in summaries:
+        with pytest.raises(ConfigError, match=f"{metric.name}.*nothing") as caught:
+            metric.measure([summary], [summary])
+        assert caught.value.hint
 
 
 def test_the_default_metric_follows_the_output() -> None:

@@ -91,7 +91,7 @@ class TileKernel:
         for w in weights:
             if w.dtype != torch.float32 or w.device.type != "cpu":
                 return ops.tile_reference(x, weights, str(self.form))
-        y = torch.empty((x.shape[0], self.program.out_features))
+        y = x.new_empty((x.shape[0], self.program.out_features))
         self.into(x, weights, y)
         return y
 
@@ -210,7 +210,7 @@ def _panels(
             w = w.unflatten(2, (c // order, order)).transpose(2, 3).flatten(2)
         w = w.reshape(a * parts, b // parts, c).transpose(1, 2)
         edges = panel_edges(b // parts, width)
-        padded = torch.zeros(a * parts, c, edges[-1])
+        padded = w.new_zeros(a * parts, c, edges[-1])
         padded[:, :, : b // parts] = w
         cut = [padded[:, :, i:j].flatten(1) for i, j in itertools.pairwise(edges)]
         return torch.cat(cut, dim=1).contiguous()
@@ -254,7 +254,7 @@ def _self_test(spec: Spec, function: Callable[..., int]) -> Refusal | None:
     assert isinstance(program, Program)
     kernel = _bind(form, program, {**DEFAULT, "layout": spec.layout, "tile": 32}, function)
     x, weights = sample(form, rows=37)
-    y = torch.full((37, form.out_features), float("nan"))
+    y = x.new_full((37, form.out_features), float("nan"))
     try:
         kernel.into(x, weights, y)
     except RuntimeError as e:
@@ -287,12 +287,16 @@ def sample_form(spec: Spec) -> Tile:
 def sample(form: Tile, rows: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
     """Seeded input and weights of a program, scaled so that activations see both of their ends."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, form.in_features, generator=generator)
+
+    def noise(*shape: int) -> Tensor:  # whatever the caller's default dtype and device are
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    x = noise(rows, form.in_features)
     weights = []
     for step in form.steps:
         if isinstance(step, Block):
-            w = torch.randn(step.a, step.b, step.c, step.d, generator=generator)
+            w = noise(step.a, step.b, step.c, step.d)
             weights.append(w * (1.5 / step.c**0.5))
         elif isinstance(step, Bias):
-            weights.append(torch.randn(step.n, generator=generator))
+            weights.append(noise(step.n))
     return x, weights

@@ -198,6 +198,40 @@ def test_contenders_are_distinct_and_served() -> None:
                 assert all(not isinstance(tile.complete(c.config), Refusal) for c in found)
 
 
+@pytest.mark.parametrize("index", [0, -1], ids=["rival", "outside"])
+@pytest.mark.parametrize("code", ["CRASHED", "HANG"])
+def test_another_ones_death_is_nobodys_refusal(index: int, code: str, empty_db: TuningDb) -> None:
+    """Whoever was not running when the worker died is tried again another day."""
+
+    class Dying:
+        def check(self, job: object) -> float:
+            return 0.1
+
+        def time(self, *_: object, **__: object) -> tuple[int, Refusal]:
+            return index, Refusal("", "aten", code, "aten: gone while timed")
+
+    dying: Any = Dying()
+    rivals = [(Contender("aten"), 0.8)]
+    measurement = measure.Measurement(dying, SMALL, SMALL.contenders("quick"), rivals, "quick")
+    assert measurement.run() == []
+    assert {r.code for _, r in measurement.refused} == {"WORKER"}
+    assert code in measurement.refusal().reason and "gone" in measurement.refusal().reason
+
+
+def test_a_dead_yardstick_is_not_remembered(
+    empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> tuple[int, Refusal]:
+        return -1, Refusal("", "worker", "CRASHED", "worker: gone")
+
+    monkeypatch.setattr(worker_client.Worker, "check", lambda *_: 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_client.Worker, "time", die)
+        found = price([DENSE], effort="quick")[DENSE]
+        assert isinstance(found, Price) and found.source == "predicted"
+    assert empty_db.list() == []
+
+
 def test_a_disturbed_baseline_promises_nothing(empty_db: TuningDb) -> None:
     """A dense kernel that was hit by the scheduler counts as what it is known to take."""
 

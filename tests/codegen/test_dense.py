@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structc import ops
-from structc.codegen import dense, lower
+from structc.codegen import bench, dense, lower
 from structc.forms import ACTIVATIONS, PackedDense, Tile
 from structc.numerics import relative_error
 from structc.records import Refusal
@@ -43,6 +43,32 @@ def test_dense_kernel(kernel: str, act: str, transposed: bool) -> None:
                 bias = wide[1] if len(wide) > 1 else None
                 expected = ops.dense_reference(x.double(), wide[0], bias, act, transposed)
                 assert relative_error(made(x, weights), expected) < 1e-5, (n, m, rows)
+
+
+@pytest.mark.parametrize("kernel", dense.KERNELS)
+def test_the_default_dtype_is_the_callers_own(kernel: str) -> None:
+    form, tensors = PackedDense(51, 37, "gelu"), problem(51, 37, 17, torch.float32, False)
+    x, w, b = tensors
+    dense._has_mkl.cache_clear()  # tried once, perhaps by whoever has other defaults
+    dense._onednn_missing.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert dense._has_mkl() == torch.backends.mkl.is_available()
+        made = dense.make(form, torch.float32, 17, kernel, CONFIG[kernel])
+        if isinstance(made, Refusal):
+            assert kernel == "mkl" and not dense._has_mkl()
+            return
+        for weights in ([w, b], [w]):
+            y, wide = made(x, weights), [t.double() for t in weights]
+            bias = wide[1] if len(wide) > 1 else None
+            expected = ops.dense_reference(x.double(), wide[0], bias, "gelu")
+            assert y.dtype == torch.float32 and relative_error(y, expected) < 1e-5
+        found, call_ms = bench.Bench().check(
+            bench.Job(str(form), 17, "float32", True, False, kernel, CONFIG[kernel])
+        )
+        assert found is None and call_ms > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,6 +70,27 @@ def test_kernel_matches_reference(shape: str, layout: str, threads: int) -> None
     for rows in ROWS:
         for config in ({"tile": 64}, {"tile": 16, "split": 1, "panel1": 64, "panel2": 32}):
             check(form, {"layout": layout, **config}, rows)
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ["dense-51-37", "monarch-3x7-2x19-5"])
+def test_the_default_dtype_is_the_callers_own(
+    shape: str, layout: str, fresh_build: Path, float64_by_default: None
+) -> None:
+    form = Tile(SHAPES[shape])
+    kernel = tile.make(form, {"layout": layout, "tile": 64})  # tests itself: nothing is built yet
+    assert not isinstance(kernel, Refusal), kernel.reason
+    x, weights = tile.sample(form, 37)
+    y = kernel(x, weights)
+    expected = ops.tile_reference(x.double(), [w.double() for w in weights], str(form))
+    assert y.dtype == x.dtype == torch.float32 and relative_error(y, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("height", [1, 7, 16, 48, 128, 4096])

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import operator
+import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +16,14 @@ from torch import Tensor, nn
 from zoo import Functional, bert, floats, padded, sequential
 
 from structc.inputs import to_call
-from structc.numerics import weighted_error
-from structc.passes import curvature
+from structc.numerics import regularised, weighted_error
+from structc.passes import curvature, objective
+from structc.passes.calibrate import calibrate, centred
 from structc.passes.capture import capture
 from structc.passes.curvature import DAMPING, output_grams
 from structc.passes.detect import detect
-from structc.passes.objective import Objective
-from structc.records import Refusal
+from structc.passes.objective import Objective, Objectives
+from structc.records import LinearSite, Profile, Refusal
 from structc.workdir import WorkDir
 
 
@@ -185,6 +191,108 @@ def test_the_error_is_of_the_weighted_output() -> None:
     gap, whole = (_root(out) @ a @ x for a in (weight - other, weight))
     expected = float(gap.norm() / whole.norm())
     assert weighted_error(weight, other, gram, out) == pytest.approx(expected, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------- all objectives
+
+
+class Shared(nn.Module):
+    """Twenty layers in two groups of one input each; every second one has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        first = (nn.Linear(12, 12, bias=bool(i % 2)) for i in range(10))
+        second = (nn.Linear(12, 12, bias=bool(i % 2)) for i in range(10))
+        self.first, self.second = nn.ModuleList(first), nn.ModuleList(second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(sum(layer(x) for layer in self.first))
+        return sum(layer(y) for layer in self.second)
+
+
+def objectives_of(
+    model: nn.Module, memory_mb: int = 64
+) -> tuple[Objectives, list[LinearSite], Profile]:
+    calls, work = [to_call(floats(30, 12))], WorkDir(None, {})
+    captured = capture(model.eval(), calls[0])
+    sites = detect(captured)
+    profile = calibrate(captured, sites, calls, work=work, memory_mb=memory_mb)
+    felt, _ = output_grams(captured, sites, calls, work=work, memory_mb=64)
+    profile = Profile(profile.stats, profile.batches, profile.rows, profile.notes, felt)
+    return Objectives(captured, profile), list(sites.linear), profile
+
+
+def test_sites_of_one_group_share_their_gram() -> None:
+    objectives, sites, profile = objectives_of(Shared())
+    made = {s.name: objectives.of(s) for s in sites}
+    assert len(made) == 20 and len({id(o.gram) for o in made.values()}) == 4
+    for site in sites:
+        stats = profile.stats[site.group]
+        expected = regularised((centred(stats) if site.bias else stats).gram)
+        assert torch.equal(made[site.name].gram, expected)
+    assert objectives.of(sites[-1]) is made[sites[-1].name]
+
+
+def test_objectives_are_let_go() -> None:
+    objectives, sites, _ = objectives_of(Shared())
+    alive = [weakref.ref(objectives.of(site)) for site in sites]
+    grams = [weakref.ref(objectives.of(site).gram) for site in sites[-1:]]
+    gc.collect()
+    kept = [r() is not None for r in alive]
+    assert kept == [False] * (len(sites) - objective.KEPT) + [True] * objective.KEPT
+    again = objectives.of(sites[0])
+    assert torch.equal(again.weight, operator.attrgetter(sites[0].weight)(objectives.captured.tree))
+    assert grams[0]() is not None
+    objectives._kept.clear()
+    del again
+    gc.collect()
+    assert grams[0]() is None and not objectives._grams
+
+
+def test_objectives_stay_inside_their_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "SHARE", 1e6 / (8 * 12**2 * 8))  # of 1 MB: eight matrices
+    monkeypatch.setenv("STRUCTC_MEMORY_MB", "1")
+    objectives, sites, _ = objectives_of(Shared())
+    for site in sites:
+        assert objectives.of(site).root_bytes == 2 * 12**2 * 8
+    assert list(objectives._kept) == [s.name for s in sites[-3:]]  # six for roots, two for inputs
+    monkeypatch.setattr(objectives, "_limit", 0)
+    assert objectives.of(sites[0]) and list(objectives._kept) == [sites[0].name]
+
+
+def test_threads_get_the_same_objectives() -> None:
+    objectives, sites, _ = objectives_of(Shared())
+    wanted = sites[:8] * 40
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(objectives.of, wanted))
+    assert len({id(o) for o in made}) == 8 and len({id(o.gram) for o in made}) <= 4
+    with ThreadPoolExecutor(8) as pool:
+        many = list(pool.map(objectives.of, sites * 20))
+    assert len(many) == 400 and len(objectives._kept) == objective.KEPT
+
+
+def test_spilled_matrices_leave_the_disk_with_their_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = nn.Sequential(*(nn.Linear(400, 400) for _ in range(3)))
+    calls = [to_call(floats(8, 400))]
+    captured = capture(model.eval(), calls[0])
+    sites, work = detect(captured), WorkDir(None, {})
+    profile = calibrate(captured, sites, calls, work=work, memory_mb=2)
+    assert [p.name[:8] for p in tmp_path.iterdir()] == ["structc-"]
+    stats = profile.stats
+    del profile
+    gc.collect()
+    assert all(stats[s.group].rows == 8 for s in sites.linear)
+    del stats
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("structc.passes.calibrate._keep", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(captured, sites, calls, work=work, memory_mb=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _root(a: Tensor) -> Tensor:
