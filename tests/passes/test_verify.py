@@ -15,7 +15,7 @@ from zoo import floats
 
 from structc.budget import Budget
 from structc.inputs import to_call
-from structc.passes import trial, verify
+from structc.passes import acceptance, trial, verify
 from structc.passes.calibrate import split
 from structc.passes.capture import capture
 from structc.passes.detect import detect
@@ -128,7 +128,7 @@ def verified(
     lab: trial.Lab, table: dict[str, list[Candidate]], sensitivity: dict[str, float]
 ) -> tuple[Any, Plan, Verification]:
     plan = plan_of([c[1] for c in table.values()], table, sensitivity)
-    return trial.verify_product(
+    return acceptance.verify_product(
         lab,
         table,
         plan,

@@ -1,0 +1,204 @@
+"""Stage 9 on a running model: roll back until the budget holds, then choose how it runs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from structc.families import Dense
+from structc.passes import verify as V
+from structc.passes.race import Raced, race, set_way, slower
+from structc.passes.rewrite import Product
+from structc.passes.rollback import dense_plan, milder, share_kept
+from structc.passes.select import Table, dense_of
+from structc.passes.trial import Lab
+from structc.records import Plan, Timed, Verification
+
+log = logging.getLogger("structc.acceptance")
+
+AHEAD = 1.2
+"""So many times as fast as PyTorch's a dense kernel must be for Inductor not to do better: it fuses
+activations, and merges the products of one input."""
+SAME = 1.01
+"""Errors of two versions of one plan may differ by rounding alone."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a product does on the held-out data.
+
+    Attributes:
+        error: largest relative output error.
+        metric, dense: the metric of the product and of the original, if the budget has one.
+        held: whether the budget holds.
+    """
+
+    error: float
+    metric: float | None
+    dense: float | None
+    held: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A product that needs no further roll-back: its budget holds, or nothing is left to give back.
+
+    Attributes:
+        untouched: dense sites that are the user's own layers whatever their kernel.
+    """
+
+    product: Product
+    plan: Plan
+    untouched: frozenset[str]
+    measured: Measured
+
+
+def verify_product(
+    lab: Lab,
+    table: Table,
+    plan: Plan,
+    product: Product,
+    *,
+    effort: str,
+    verify: bool,
+    progress: Progress,
+) -> tuple[Product, Plan, Verification]:
+    """Measure on unused data, roll back until the budget holds, then time against the baselines."""
+    if not verify:
+        return product, plan, Verification(math.nan, None, "", None, None, None, True, 0)
+    tolerance = _tolerance(lab)
+    settled = _roll_back(lab, table, plan, product, tolerance, progress)
+    notes = list(lab.quality.notes if lab.quality else ())
+    if not settled.measured.held:
+        notes.append("the model's own layers do not agree with it: is it deterministic?")
+    raced = _raced(lab, table, settled, effort, progress)
+    notes += raced.notes
+    way, latency = raced.way, raced.latency
+    settled = replace(settled, product=raced.product)
+    rewritten = bool(settled.product.replaced) or way != "modules"
+    if rewritten and lab.budget.params is None and slower(latency):
+        settled, note = _given_up(lab, table, settled, latency)
+        notes.append(note)
+        way, latency = "modules", {**latency, "structc": latency["eager"]}
+    now, measured = settled.plan.choices, settled.measured
+    verification = Verification(
+        error=measured.error,
+        tolerance=None if lab.budget.max_drop is not None else tolerance,
+        metric_name=lab.quality.name if lab.quality else "",
+        metric_dense=measured.dense,
+        metric_compiled=measured.metric,
+        max_drop=None if lab.budget.max_drop is None else float(lab.budget.max_drop),
+        held=measured.held,
+        calls=len(lab.parts.verify),
+        rolled_back={
+            s: c for s, c in plan.choices.items() if c != now[s] or s in settled.untouched
+        },
+        latency=latency,
+        runner=way,
+        notes=tuple(notes),
+    )
+    return settled.product, settled.plan, verification
+
+
+def _roll_back(
+    lab: Lab, table: Table, plan: Plan, product: Product, tolerance: float, progress: Progress
+) -> Settled:
+    """Measure and give back, until the budget holds.
+
+    A structured site goes back to a milder form and in the end to dense; then a dense site with
+    another kernel goes back to the user's own layer. Steps double, so that a prediction which is
+    wrong ends soon. When nothing is left, it is the graphs that are wrong.
+    """
+    untouched, rounds = set(lab.untouched), 0
+    while True:
+        progress("verify", rounds, rounds + 1)
+        measured = _measure(lab, product, tolerance)
+        if measured.held or not product.replaced:
+            break
+        log.info("rolling back: error %.3g, metric %s", measured.error, measured.metric)
+        least = 2 ** max(0, rounds - 1)
+        back = milder(plan, table, _share(lab, measured, tolerance), least)
+        if back is None:
+            untouched |= set(list(product.replaced)[:least])
+        else:
+            plan = back
+        product = lab.product(plan, table, untouched)
+        rounds += 1
+    if not measured.held and product.runners:
+        log.warning("the exported graphs do not agree with the model on the data: not used")
+        set_way(product, "modules")
+        product = replace(product, runners=())
+        measured = _measure(lab, product, tolerance)
+    return Settled(product, plan, frozenset(untouched), measured)
+
+
+def _measure(lab: Lab, product: Product, tolerance: float) -> Measured:
+    error = lab.error(product, "verify")
+    metric = dense = None
+    if lab.quality is not None:
+        metric, dense = lab.metric(product, "verify"), lab.quality.dense["verify"]
+    return Measured(error, metric, dense, V.holds(lab.budget, error, tolerance, metric, dense))
+
+
+def _raced(lab: Lab, table: Table, settled: Settled, effort: str, progress: Progress) -> Raced:
+    """The product in its fastest way.
+
+    Inductor gets the dense layers whose own kernel is not far ahead: it merges and fuses them.
+    """
+    product = settled.product
+    near = {
+        site
+        for site, module in product.replaced.items()
+        if isinstance(module, Dense) and dense_of(table[site]).price.speedup < AHEAD
+    }
+    for_inductor = product
+    if near and effort != "none" and product.runners:
+        for_inductor = lab.product(settled.plan, table, settled.untouched | near)
+    model, example = lab.captured.tree, lab.captured.example
+    raced = race(model, example, product, for_inductor, effort, progress)
+    if raced.product is not product:
+        # the same factors with other dense kernels: measured too, for it is what is returned
+        ours, theirs = lab.error(for_inductor, "verify"), lab.error(product, "verify")
+        if ours > SAME * theirs + max(V.exact_tolerance(o) for o in lab.wanted("verify")):
+            set_way(product, "graph")
+            note = "Inductor's version was further from the original: it is not used"
+            return Raced(product, "graph", {}, (*raced.notes, note))
+    return raced
+
+
+def _given_up(
+    lab: Lab, table: Table, settled: Settled, latency: Mapping[str, Timed]
+) -> tuple[Settled, str]:
+    """The original's layers, because the product was slower than they are."""
+    ours, eager = latency["structc"], latency["eager"]
+    note = (
+        f"the rewritten model took {ours.latency_ms:.3g} ms, the original "
+        f"{eager.latency_ms:.3g} ms: nothing is rewritten"
+    )
+    plan = dense_plan(settled.plan, table)
+    untouched = frozenset(plan.choices)
+    product = lab.product(plan, table, untouched)
+    set_way(product, "modules")
+    dense = settled.measured.dense
+    return Settled(product, plan, untouched, Measured(0.0, dense, dense, True)), note
+
+
+def _tolerance(lab: Lab) -> float:
+    """The relative output error that the budget allows; infinite if it speaks of savings alone."""
+    if lab.budget.error is not None:
+        return float(lab.budget.error)
+    if lab.budget.exact:
+        return max(V.exact_tolerance(o) for o in lab.wanted("verify"))
+    return math.inf
+
+
+def _share(lab: Lab, measured: Measured, tolerance: float) -> float:
+    """How much of its predicted squared error a plan may keep after a measurement."""
+    if measured.metric is None or measured.dense is None:
+        return share_kept(measured.error, tolerance, power=1)
+    dense = measured.dense
+    allowed = dense - V.threshold(dense, float(lab.budget.max_drop or 0.0))
+    return share_kept(dense - measured.metric, allowed, power=2)
