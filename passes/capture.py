@@ -13,10 +13,11 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
@@ -25,12 +26,12 @@ from torch.utils import _pytree as pytree
 from structc.errors import CaptureError, UnsupportedModel
 from structc.inputs import canonical, clone_call, describe, run, signature_of
 from structc.numerics import float_leaves, output_error, tolerance
-from structc.passes.clone import clone_tree
+from structc.passes.clone import clone_tree, set_modes
+from structc.passes.shapes import UNBOUNDED, facts_of, holds_at, narrow
 from structc.records import Call, Captured, DimGuard, Guards, Refusal, Region
 
 log = logging.getLogger("structc.capture")
 
-UNBOUNDED = 2**31 - 1
 TRACED_BATCH = 4
 
 
@@ -46,7 +47,8 @@ def capture(model: nn.Module, example: Call, *, graphs: bool = True) -> Captured
         for kinds of models that have no readable weights.
     """
     check_supported(model)
-    tree = clone_tree(model).eval()
+    tree = clone_tree(model)
+    set_modes(tree, False)
     example = canonical(model, example)
     calls, rows = record_calls(tree, example)
     if not graphs:
@@ -114,7 +116,7 @@ def record_calls(tree: nn.Module, example: Call) -> tuple[dict[str, Call], dict[
         return record
 
     for name, module in tree.named_modules():
-        if name:
+        if name and not isinstance(module, torch.jit.ScriptModule):  # they take no hooks
             handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
         with torch.no_grad(), preserved_buffers(tree):
@@ -191,7 +193,7 @@ def export_region(
     assert isinstance(graph, torch.fx.GraphModule)
     out_spec = graph._out_spec
     _plain_graph(graph)
-    guards = _guards(program, graph, traced)
+    guards = _guards(program, graph, traced, example)
     graph.meta["out_spec"] = out_spec
     region = Region(path, graph, guards, graph_hash(graph.graph), example)
     return _checked(module, region, traced) if check else (region, "")
@@ -240,12 +242,13 @@ def _plain_graph(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _guards(program: Any, graph: torch.fx.GraphModule, traced: Call) -> Guards:
+def _guards(program: Any, graph: torch.fx.GraphModule, traced: Call, example: Call) -> Guards:
     leaves, spec = pytree.tree_flatten((traced.args, traced.kwargs))
     nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
     ranges: dict[str, tuple[int, int]] = {}
-    tied: dict[tuple[int, int], str] = {}
-    guards: list[Any] = []
+    tied: dict[tuple[int, int], Any] = {}
+    renamed: dict[Any, Any] = {}
+    symbolic, derived, guards = list[Any](), list[Any](), list[Any]()
     for leaf, node in zip(leaves, nodes, strict=True):
         if not isinstance(leaf, Tensor):
             guards.append(leaf)
@@ -253,13 +256,18 @@ def _guards(program: Any, graph: torch.fx.GraphModule, traced: Call) -> Guards:
         dims: list[int | str] = []
         for at, size in enumerate(node.meta["val"].shape):
             expr = getattr(getattr(size, "node", None), "expr", None)
+            if expr is not None:
+                symbolic.append(size)
             if expr is None or not expr.is_Symbol:
                 # a derived size (2*s, s+1) is only known to be right where it was seen
                 dims.append(int(leaf.shape[at]))
+                if expr is not None:
+                    derived.append(sympy.Eq(expr, int(leaf.shape[at])))
                 continue
             # equal sizes at the same position move together: export does not always say so,
             # and a graph must not run where the model would broadcast or fail
-            name = tied.setdefault((at, leaf.shape[at]), str(expr))
+            renamed[expr] = tied.setdefault((at, leaf.shape[at]), expr)
+            name = str(renamed[expr])
             bounds = program.range_constraints.get(expr)
             low, high = (
                 (2, UNBOUNDED) if bounds is None else (_int(bounds.lower), _int(bounds.upper))
@@ -268,7 +276,23 @@ def _guards(program: Any, graph: torch.fx.GraphModule, traced: Call) -> Guards:
             ranges[name] = max(seen[0], low), min(seen[1], high)
             dims.append(name)
         guards.append(DimGuard(node.name, tuple(dims), leaf.dtype, leaf.device.type))
-    return Guards(spec, tuple(guards), ranges)
+    found = Guards(spec, tuple(guards), ranges)
+    facts = [f.xreplace(renamed) for f in (*facts_of(symbolic), *derived)]
+    home = _sizes(found, pytree.tree_leaves((example.args, example.kwargs)))
+    if not holds_at(facts, home):  # a smaller batch went another way: the graph is that one's
+        home = _sizes(found, leaves)
+    return replace(found, ranges=narrow(facts, ranges, home))
+
+
+def _sizes(guards: Guards, leaves: list[Any]) -> dict[str, int]:
+    """The sizes of symbols in a call."""
+    return {
+        name: leaf.shape[at]
+        for leaf, guard in zip(leaves, guards.leaves, strict=True)
+        if isinstance(guard, DimGuard)
+        for at, name in enumerate(guard.dims)
+        if isinstance(name, str)
+    }
 
 
 def _int(bound: Any) -> int:
@@ -286,47 +310,70 @@ def graph_hash(graph: torch.fx.Graph) -> str:
 
 
 def _checked(module: nn.Module, region: Region, traced: Call) -> tuple[Region | None, str]:
-    """Run graph and module at the traced sizes, at smaller ones, and with each symbol at 1."""
-    from structc.passes.region import call_graph  # here, since region reads capture's graphs
-
+    """Run graph and module at the traced sizes, at smaller ones, with each symbol a little off,
+    and with each at 1."""
     symbols = dict(region.guards.ranges)
     leaves, spec = pytree.tree_flatten((traced.args, traced.kwargs))
-    sizes = {
-        name: leaf.shape[at]
-        for leaf, guard in zip(leaves, region.guards.leaves, strict=True)
-        if isinstance(guard, DimGuard)
-        for at, name in enumerate(guard.dims)
-        if isinstance(name, str)
-    }
+    sizes = {n: _inside(s, symbols[n]) for n, s in _sizes(region.guards, leaves).items()}
 
     def agrees(wanted: dict[str, int]) -> bool | None:
-        """Whether both give the same; None if the module itself cannot run there."""
         resized = resize_inputs(leaves, region.guards, wanted)
         args, kwargs = pytree.tree_unflatten(resized, spec)
-        with torch.no_grad(), preserved_buffers(module):
-            try:
-                want = run(module, clone_call(Call(args, kwargs)))
-            except Exception:
-                return None
-            try:
-                got = call_graph(region.graph, module, resized)
-            except Exception as e:
-                log.info("region %r fails at %s: %s", region.path, wanted, e)
-                return False
-        return output_error(got, want) <= _allowed(want)
+        return _agrees(module, region, Call(args, kwargs))
 
     if not agrees(sizes):
         return None, "the exported graph does not reproduce the module's output"
-    smaller = {n: max(2, s // 2) for n, s in sizes.items()}
-    further = {n: max(2, s - 1) for n, s in sizes.items()}
-    if any(agrees(w) is False for w in (smaller, further) if w != sizes):
-        fixed = {name: (size, size) for name, size in sizes.items()}
-        return _with_ranges(region, fixed), ""
-    for name in symbols:
-        low, high = symbols[name]
-        one = agrees({**sizes, name: 1}) if low <= 2 else False
-        symbols[name] = (1 if one else max(low, 2), high)
+    if any(agrees(wanted) is False for wanted in _further(sizes, symbols)):
+        return _with_ranges(region, {name: (size, size) for name, size in sizes.items()}), ""
+    for name, (low, high) in region.guards.ranges.items():
+        if low < high:
+            one = agrees({**sizes, name: 1}) if low <= 2 else False
+            symbols[name] = (1 if one else max(low, 2), high)
+    ones = {name: 1 for name, (low, _) in symbols.items() if low == 1}
+    if len(ones) > 1 and not agrees({**sizes, **ones}):
+        symbols |= {name: (2, symbols[name][1]) for name in ones if symbols[name][1] > 1}
     return _with_ranges(region, symbols), ""
+
+
+def _further(
+    sizes: dict[str, int], ranges: Mapping[str, tuple[int, int]]
+) -> Iterator[dict[str, int]]:
+    """Other sizes at which a graph must be right: all smaller, and each one up and down."""
+    tried = [sizes]
+    for wanted in (
+        {n: s // 2 for n, s in sizes.items()},
+        {n: s - 1 for n, s in sizes.items()},
+        *({**sizes, n: s + step} for n, s in sizes.items() for step in (1, -1)),
+    ):
+        # at size 1 rules of their own hold: it is tried alone
+        allowed = {n: (min(max(2, ranges[n][0]), ranges[n][1]), ranges[n][1]) for n in wanted}
+        wanted = {n: _inside(s, allowed[n]) for n, s in wanted.items()}
+        if wanted not in tried:
+            tried.append(wanted)
+            yield wanted
+
+
+def _inside(size: int, bounds: tuple[int, int]) -> int:
+    return min(max(size, bounds[0]), bounds[1])
+
+
+def _agrees(module: nn.Module, region: Region, call: Call) -> bool | None:
+    """Whether both give the same; None if the module itself cannot run there."""
+    from structc.passes.region import call_graph  # here, since region reads capture's graphs
+
+    own = clone_call(call)  # either may write to its inputs
+    with torch.no_grad(), preserved_buffers(module):
+        try:
+            want = run(module, clone_call(call))
+        except Exception:
+            return None
+        try:
+            leaves = pytree.tree_leaves((own.args, own.kwargs))
+            got = call_graph(region.graph, module, leaves)
+        except Exception as e:
+            log.info("region %r fails at %s: %s", region.path, describe(call), e)
+            return False
+    return output_error(got, want) <= _allowed(want)
 
 
 def _allowed(output: Any) -> float:

@@ -33,7 +33,7 @@ def clone_tree(model: nn.Module) -> nn.Module:
 
     Modules that appear twice appear twice in the clone too. Attributes that hold modules of the
     tree, alone, in lists, tuples or dicts, or as bound methods, point into the clone. All other
-    attributes are shared.
+    attributes are shared, and so are scripted and traced modules, which have no Python state.
 
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> twin = clone_tree(model)
@@ -42,7 +42,8 @@ def clone_tree(model: nn.Module) -> nn.Module:
     """
     twins: dict[int, nn.Module] = {}
     buffers: dict[int, torch.Tensor] = {}
-    for module in model.modules():
+    originals = python_modules(model)
+    for module in originals:
         # not the class's own __new__: a GraphModule's makes a new class, without its forward
         twin = object.__new__(module.__class__)
         twin.__dict__.update(module.__dict__)
@@ -50,10 +51,10 @@ def clone_tree(model: nn.Module) -> nn.Module:
             if table in module.__dict__:
                 twin.__dict__[table] = module.__dict__[table].copy()
         twins[id(module)] = twin
-    for module in model.modules():
+    for module in originals:
         twin = twins[id(module)]
         for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else twins[id(child)]
+            twin._modules[name] = None if child is None else twins.get(id(child), child)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 copy = buffers.setdefault(id(buffer), buffer.detach().clone())
@@ -64,6 +65,33 @@ def clone_tree(model: nn.Module) -> nn.Module:
             elif "hooks" in name:
                 twin.__dict__[name].update({k: _point_into(f, twins) for k, f in value.items()})
     return twins[id(model)]
+
+
+def python_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a tree, each once, without those that are scripted or traced."""
+    found: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module | None) -> None:
+        if module is None or id(module) in found or isinstance(module, torch.jit.ScriptModule):
+            return
+        found[id(module)] = module
+        for child in module._modules.values():
+            visit(child)
+
+    visit(model)
+    return list(found.values())
+
+
+def set_modes(model: nn.Module, training: bool) -> list[tuple[nn.Module, bool]]:
+    """Set the flags of a tree's Python modules, and return those there were.
+
+    ``train()`` and ``eval()`` are the user's own code, which may change weights: layers with
+    adapters merge them there.
+    """
+    before = [(m, m.training) for m in python_modules(model)]
+    for module, _ in before:
+        module.training = training
+    return before
 
 
 def _point_into(value: Any, twins: Mapping[int, nn.Module]) -> Any:
@@ -89,7 +117,7 @@ def replace_modules(tree: nn.Module, new: Mapping[str, nn.Module]) -> None:
     moved = {id(tree.get_submodule(name)): module for name, module in new.items()}
     if not moved:
         return
-    for parent in list(tree.modules()):
+    for parent in python_modules(tree):
         for key, child in parent._modules.items():
             parent._modules[key] = moved.get(id(child), child)
         for key, value in parent.__dict__.items():

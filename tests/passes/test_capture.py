@@ -237,6 +237,77 @@ def test_graph_and_tree_read_the_same_parameters(monkeypatch: pytest.MonkeyPatch
         product.tree.load_state_dict(own)
 
 
+class Asks(nn.Module):
+    """Two ways, chosen by the sizes of the inputs."""
+
+    def __init__(self, ask: Any) -> None:
+        super().__init__()
+        self.fc, self.fd, self.ask = nn.Linear(12, 12), nn.Linear(12, 12), ask
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y, z = self.fc(a).sum((0, 1)), self.fd(b).sum((0, 1))
+        return y - z if self.ask(a, b) else y + z
+
+
+ASKED: dict[str, tuple[Any, tuple[int, int], list[tuple[int, int]]]] = {
+    "divisible": (lambda a, b: a.shape[1] % 4 == 0, (7, 3), [(8, 3), (12, 3), (5, 3), (9, 4)]),
+    "longer": (lambda a, b: a.shape[1] > b.shape[1], (10, 6), [(5, 9), (11, 12), (7, 3)]),
+    "not-77": (lambda a, b: a.shape[1] != 77, (9, 6), [(77, 6), (78, 5), (20, 9)]),
+    "product": (lambda a, b: a.shape[1] * b.shape[1] == 24, (4, 5), [(4, 6), (12, 2), (8, 3)]),
+    "batch": (lambda a, b: (a.shape[0] * a.shape[1]) % 8 == 0, (7, 3), [(8, 3), (7, 3), (4, 3)]),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_graph_runs_only_where_what_export_assumed_holds(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, example, others = ASKED[name]
+    model, x = Asks(ask).eval(), floats(6, 90, 12)
+    captured = capture(model, to_call((x[:, : example[0]], x[:, : example[1]])))
+    product = rewrite(captured, detect(captured), {})
+    with torch.no_grad():
+        for s, t in (example, *others):
+            for batch in (6, 2, 4, 1):
+                call = x[:batch, :s], x[:batch, :t]
+                assert output_error(product.tree(*call), model(*call)) < 1e-5, (batch, s, t)
+        with counted(monkeypatch) as ran:
+            product.tree(x[:, : example[0]], x[:, : example[1]])
+        assert ran["graph"] == 1, "the example itself runs the graph"
+
+
+def test_a_size_that_must_not_be_parts_the_range() -> None:
+    model = Asks(lambda a, b: a.shape[1] != 77)
+    region, _ = export_region(model.eval(), "", to_call((floats(2, 9, 12), floats(2, 6, 12))))
+    assert region is not None
+    a, b = (leaf.dims[1] for leaf in region.guards.leaves)
+    assert region.guards.ranges[a] == (1, 76) and region.guards.ranges[b][1] > 1000
+
+
+class Frontend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv1d(12, 16, 3, stride=2, padding=1), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().permute(0, 2, 1).contiguous())
+
+
+def test_guards_about_memory_formats_fix_nothing() -> None:
+    region, reason = export_region(Frontend().eval(), "", to_call(floats(2, 12, 20)))
+    assert region is not None, reason
+    assert all(high > 1000 for _, high in region.guards.ranges.values())
+
+
+def test_each_size_is_varied_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a guard escapes, one item more shows that a graph is another way's."""
+    monkeypatch.setattr("structc.passes.capture.facts_of", lambda sizes: [])
+    model = Asks(lambda a, b: a.shape[1] == 8).eval()
+    region, _ = export_region(model, "", to_call((floats(2, 7, 12), floats(2, 5, 12))))
+    assert region is not None
+    assert all(low == high for low, high in region.guards.ranges.values())
+
+
 # ---------------------------------------------------------------------------- nothing left behind
 
 

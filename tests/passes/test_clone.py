@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo import ZOO, run
 
 from structc.numerics import output_error
-from structc.passes.clone import clone_tree, replace_modules
+from structc.passes.clone import clone_tree, replace_modules, set_modes
 
 
 class Tangle(nn.Module):
@@ -164,3 +164,28 @@ def test_replace_reaches_references_outside_of_the_tree() -> None:
     assert model.bound.__self__ is zero
     replace_modules(model, {"a": nn.Identity()})
     assert model.call(torch.ones(4)).tolist() == [1.0] * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_scripted_children_are_shared(kind: str) -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    made = (
+        torch.jit.script(inner) if kind == "script" else torch.jit.trace(inner, torch.zeros(1, 4))
+    )
+    model = nn.Sequential(nn.Linear(4, 4), made)
+    twin = clone_tree(model)
+    assert twin[1] is made and twin[0] is not model[0]
+    replace_modules(twin, {"0": nn.Identity()})
+    assert torch.equal(twin(torch.ones(1, 4)), made(torch.ones(1, 4)))
+
+
+def test_modes_are_set_without_the_users_code() -> None:
+    class Merges(nn.Linear):
+        def train(self, mode: bool = True) -> Merges:
+            raise AssertionError("train() may change weights")
+
+    model = nn.Sequential(Merges(4, 4), nn.ReLU())
+    before = set_modes(model, False)
+    assert [m.training for m in model.modules()] == [False] * 3
+    assert [training for _, training in before] == [True] * 3
