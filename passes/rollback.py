@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from structc.families import Dense
-from structc.passes.select import Table, choose, dense_of, plan_of
+from structc.passes.select import Table, choose, dense_of, plan_of, squared_error
 from structc.records import Candidate, Plan
 
 AIM = 0.9
@@ -49,7 +49,7 @@ def milder(plan: Plan, table: Table, share: float, least: int = 1) -> Plan | Non
         site: [c for c in table[site] if c.family == Dense.name or c.error <= chosen.error]
         for site, chosen in before.items()
     }
-    total = sum(_square(c, weights) for c in before.values())
+    total = sum(squared_error(c, weights) for c in before.values())
     error = math.sqrt(share * total) if math.isfinite(total) else math.inf
     found = choose(allowed, weights, error=error)
     assert found is not None  # dense is always allowed
@@ -86,14 +86,7 @@ def _best_step(
         if chosen.family != Dense.name:
             dense = dense_of(table[site])
             saved = dense.price.latency_ms - chosen.price.latency_ms
-            harm = _square(chosen, weights) / max(saved, 1e-9)
+            harm = squared_error(chosen, weights) / max(saved, 1e-9)
             if harm > most:
                 best, most = dense, harm
     return best
-
-
-def _square(candidate: Candidate, weights: Mapping[str, float]) -> float:
-    if candidate.family == Dense.name:
-        return 0.0
-    square = (weights.get(candidate.site, 1.0) * candidate.error) ** 2
-    return square if math.isfinite(square) else math.inf

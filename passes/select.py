@@ -51,7 +51,7 @@ def choose(
     if not flat:
         return Plan({})
     cost = np.array([c.price.latency_ms for c in flat])
-    squares = np.array([_square(c, sensitivity) for c in flat])
+    squares = np.array([squared_error(c, sensitivity) for c in flat])
     sizes = np.array([float(c.params) for c in flat])
     rows = [at for at, candidates in enumerate(table.values()) for _ in candidates]
     pick = csr_array((np.ones(len(flat)), (rows, range(len(flat)))))
@@ -109,7 +109,7 @@ def plan_of(
         choices={c.site: Choice(c.family, dict(c.hyper)) for c in chosen},
         predicted_ms=sum(c.price.latency_ms for c in chosen),
         dense_ms=sum(dense_of(table[c.site]).price.latency_ms for c in chosen),
-        predicted_error=math.sqrt(sum(_square(c, sensitivity) for c in chosen)),
+        predicted_error=math.sqrt(sum(squared_error(c, sensitivity) for c in chosen)),
         sensitivities=dict(sensitivity),
         notes=notes,
     )
@@ -120,8 +120,12 @@ def dense_of(candidates: Sequence[Candidate]) -> Candidate:
     return next(c for c in candidates if c.family == Dense.name)
 
 
-def _square(candidate: Candidate, sensitivity: Mapping[str, float]) -> float:
-    return (sensitivity.get(candidate.site, 1.0) * candidate.error) ** 2
+def squared_error(candidate: Candidate, sensitivity: Mapping[str, float]) -> float:
+    """What a candidate adds to a plan's predicted squared error; infinite if it is not finite."""
+    if candidate.family == Dense.name:
+        return 0.0
+    square = (sensitivity.get(candidate.site, 1.0) * candidate.error) ** 2
+    return square if math.isfinite(square) else math.inf
 
 
 def search(

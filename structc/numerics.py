@@ -1,4 +1,4 @@
-"""Error measures, tolerances by dtype, and seeds."""
+"""Error measures and tolerances by dtype."""
 
 from __future__ import annotations
 
@@ -186,8 +186,3 @@ def regularised(gram: Tensor, amount: float = 1e-4) -> Tensor:
     made = gram.clone()  # not a sum with an identity: these are the largest matrices there are
     made.diagonal().add_(max(level, torch.finfo(gram.dtype).tiny))
     return made
-
-
-def generator(seed: int) -> torch.Generator:
-    """A CPU generator of its own, so that nobody's global random state moves."""
-    return torch.Generator().manual_seed(seed)

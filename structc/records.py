@@ -118,7 +118,7 @@ class LinearSite:
         rows: rows of ``x`` in one call with the example inputs (product of the leading dims).
         dtype: of the weight.
         group: name of the input that it shares with other sites (q, k, v share one).
-        tags: ``"tied"``, ``"head"``, ``"transposed"``, ``"functional"``.
+        tags: ``"tied"``, ``"transposed"``, ``"functional"``.
     """
 
     name: str
