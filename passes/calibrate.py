@@ -102,10 +102,12 @@ def calibrate(
     added: their rounding is far below what another sample of data would change.
 
     Sites that share an input share one matrix. Padding (``attention_mask`` 0) and rows that are not
-    finite do not count. If all matrices together pass ``memory_mb``, the data are read several
-    times, a part of the groups each time, and finished matrices wait on disk.
+    finite do not count; an input that no row reaches has no statistics. If all matrices together
+    pass ``memory_mb``, the data are read several times, a part of the groups each time, and
+    finished matrices wait on disk.
 
-    Errors: :class:`CalibrationError` if a batch does not fit the model, or no finite row is left.
+    Errors: :class:`CalibrationError` if a batch does not fit the model, or rows reach an input and
+        none of them is finite.
     """
     groups = {site.group: site for site in reversed(sites.linear)}
     calls, dropped = _finite_calls(calls)
@@ -129,11 +131,13 @@ def calibrate(
                     _keep(group, value, work)
                     stats[group] = value
             if spill is not None:
-                for group in chunk:
+                for group in chunk.keys() & stats.keys():
                     _keep(group, stats[group], spill)
                     stats[group] = _Spilled(spill, group)  # type: ignore[assignment]
         resolved = _Stats(stats)
         weakref.finalize(resolved, until.pop_all().close)  # what it reads goes with it
+    if unseen := len(groups) - len(stats):
+        notes.append(f"{unseen} inputs of linear layers were never reached by the calibration data")
     bad = sum(s.dropped for s in stats.values() if isinstance(s, InputStats))
     if bad:
         notes.append(f"{bad} rows of activations were not finite and did not count")
@@ -284,7 +288,7 @@ def _one_pass(
     finally:
         for handle in handles:
             handle.remove()
-    return {group: s.done(group) for group, s in sums.items()}
+    return {group: s.done(group) for group, s in sums.items() if s.rows or s.dropped}
 
 
 def _forward(tree: nn.Module, call: Call) -> None:

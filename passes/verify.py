@@ -180,7 +180,7 @@ def baselines(
     def caller(f: Callable[..., Any]) -> Callable[[], object]:
         def call() -> object:
             with torch.no_grad():
-                return f(*example.args, **example.kwargs)
+                return run(f, clone_call(example))  # a model may write to its inputs
 
         return call
 

@@ -26,13 +26,13 @@ from structc.errors import (
     UnsupportedModel,
 )
 from structc.hardware import target
-from structc.inputs import calibration_calls, to_call
+from structc.inputs import calibration_calls, clone_call, to_call
 from structc.options import Log, Options, Progress, keep, resolve
 from structc.passes import trial
 from structc.passes.acceptance import verify_product
 from structc.passes.calibrate import Parts, calibrate, split
 from structc.passes.capture import capture, check_supported, copy_buffers, preserved_buffers
-from structc.passes.clone import clone_tree
+from structc.passes.clone import clone_tree, python_modules, set_modes
 from structc.passes.curvature import output_grams
 from structc.passes.detect import detect
 from structc.passes.fit import fit_candidates, one_thread_each
@@ -201,14 +201,14 @@ def reset() -> None:
 
 
 def _convert(model: nn.Module, example: Call, calibration: Any, options: Options) -> CompiledModel:
-    notes, modes = Log(), [(m, m.training) for m in model.modules()]
+    notes, modes = Log(), [(m, m.training) for m in python_modules(model)]
     if any(training and isinstance(m, _CHANGED_BY_TRAINING) for m, training in modes):
         notes.notes.append("the model was in train mode: it was compiled as in eval mode")
     calls = [] if calibration is None else calibration_calls(calibration)
     parts = split(calls) if calls else Parts((), (example,), (example,))
     notes.notes += parts.notes
     try:
-        model.eval()
+        set_modes(model, False)
         with preserved_buffers(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             return _stages(model, example, calls, parts, options, notes)
@@ -237,6 +237,7 @@ def _stages(
     dump("detect", sites)
     with stage("calibrate"):
         profile = _calibrate(captured, sites, parts, options, work, notes)
+        sites = _reached(sites, profile, notes)
     dump("calibrate", profile)
     with stage("price"):
         prices = price(sites, options, notes)
@@ -321,6 +322,17 @@ def _calibrate(
     return profile
 
 
+def _reached(sites: Sites, profile: Profile | None, notes: Log) -> Sites:
+    """Leave out layers that no calibration data reached: nothing says what they may lose."""
+    if profile is None:
+        return sites
+    for site in sites.linear:
+        if site.group not in profile.stats:
+            reason = f"none of {profile.batches} calibration batches reached it"
+            notes.refusals.append(Refusal(site.name, "calibrate", "UNREACHED", reason))
+    return replace(sites, linear=tuple(s for s in sites.linear if s.group in profile.stats))
+
+
 def _fit(
     objectives: Objectives,
     sites: Sites,
@@ -346,12 +358,13 @@ def _fit(
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Call | None:
+    """A call of the model, of its own tensors: a model may write to its inputs."""
     if example_inputs is not None:
-        return to_call(example_inputs)
+        return clone_call(to_call(example_inputs))
     for attribute in ("dummy_inputs", "example_input_array"):
         value = getattr(model, attribute, None)
         if value is not None:
-            return to_call(value)
+            return clone_call(to_call(value))
     return None
 
 
@@ -402,7 +415,7 @@ def _deferred(model: nn.Module, options: Options, calibration: Any) -> CompiledM
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with public_boundary(options.work_dir):
             _check(model)  # it may have moved since
-            fast = _convert(model, Call(args, kwargs), calibration, options)
+            fast = _convert(model, clone_call(Call(args, kwargs)), calibration, options)
         self.__dict__ = fast.__dict__
         self.__class__ = fast.__class__
         return self(*args, **kwargs)

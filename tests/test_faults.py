@@ -156,6 +156,92 @@ def test_hooks_of_the_user_keep_firing() -> None:
     assert seen == ["model", "layer"] and "HOOKS" in codes(fast)
 
 
+class Merging(nn.Linear):
+    """An adapter that ``train(False)`` merges into the weight, as libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 12)
+        self.adapter = nn.Parameter(0.1 * torch.randn(12, 12))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.adapter.data if mode else self.adapter.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + F.linear(x, self.adapter)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_train_and_eval_move_stay(training: bool) -> None:
+    model = nn.Sequential(Merging(), nn.ReLU(), nn.Linear(12, 12)).train(training)
+    x = floats(6, 12)
+    with torch.no_grad():
+        want, before = model(x), model[0].weight.clone()
+        fast = compiled(model, x, budget=Budget())
+        assert torch.equal(model[0].weight, before) and torch.equal(model(x), want)
+        assert output_error(fast(x), want) < 1e-5 and not fast.training
+    assert all(m.training == training for m in model.modules())
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("effort", ["none", "quick"])
+def test_the_users_example_is_not_written(effort: str) -> None:
+    model, x = InPlace().eval(), floats(6, 12)
+    before = x.clone()
+    compiled(model, x, effort=effort)
+    assert torch.equal(x, before)
+    structc.inspect(model, x)
+    assert torch.equal(x, before)
+    waiting = compiled(model, None, effort="none")
+    with torch.no_grad():
+        y = waiting(x)
+        assert torch.equal(x, before - 1), "the call itself writes, and once"
+        assert output_error(y, model(before.clone())) <= 0.5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["script", "trace", "freeze"])
+def test_a_scripted_child_stays_as_it_is(kind: str) -> None:
+    inner = nn.Sequential(nn.Linear(12, 12), nn.ReLU()).eval()
+    made = torch.jit.trace(inner, floats(2, 12)) if kind == "trace" else torch.jit.script(inner)
+    made = torch.jit.freeze(made) if kind == "freeze" else made
+    model, x = nn.Sequential(nn.Linear(12, 12), made, nn.Linear(12, 12)), floats(6, 12)
+    fast = compiled(model, x, calibration=[x, -x, x * 2])
+    with torch.no_grad():
+        assert fast[1] is made and {"0", "2"} <= set(fast.plan.choices)
+        assert output_error(fast(x), model(x)) <= 0.5
+
+
+def test_an_expert_that_no_data_reach_stays() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y) if bool((x > 0).all()) else y
+
+    model, x = Experts().eval(), floats(6, 12)
+    fast = compiled(model, x.abs() + 1, calibration=[x, -x, x * 2])
+    assert set(fast.plan.choices) == {"first"} and "UNREACHED" in codes(fast)
+    assert fast.second.weight is model.second.weight
+
+
 class Raises(nn.Module):
     def __init__(self, error: Exception) -> None:
         super().__init__()

@@ -261,3 +261,34 @@ def test_one_batch_is_cut_along_its_first_dimension() -> None:
     parts = split([to_call({"x": floats(12, 3), "flag": True})])
     assert not parts.notes and len(parts.verify) == len(parts.select) == 1
     assert all(c.kwargs["flag"] is True and len(c.kwargs["x"]) < 12 for c in parts.fit)
+
+
+class Experts(nn.Module):
+    """The second expert sees positive inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y) if bool((x > 0).all()) else y
+
+
+@pytest.mark.parametrize("memory_mb", [512, 0])
+def test_a_layer_that_no_data_reach_has_no_statistics(memory_mb: int) -> None:
+    model, data = Experts().eval(), [to_call(floats(5, 12)), to_call(floats(4, 12))]
+    captured = capture(model, to_call(floats(5, 12).abs() + 1))
+    work = WorkDir(None, {})
+    profile = calibrate(captured, detect(captured), data, work=work, memory_mb=memory_mb)
+    assert set(profile.stats) == {"first.weight"}
+    assert any("1 inputs" in note and "never reached" in note for note in profile.notes)
+
+
+def test_a_layer_that_only_infinite_rows_reach_is_an_error() -> None:
+    class Overflows(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x / 0)
+
+    with pytest.raises(CalibrationError, match="no finite activation"):
+        profile_of(Overflows(), [floats(5, 12)])
