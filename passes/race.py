@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from structc.numerics import output_error
 from structc.passes.inductor import Frozen, freeze
 from structc.passes.rewrite import Product
-from structc.passes.verify import baselines, exact_tolerance
+from structc.passes.verify import baselines, caller, exact_tolerance
 from structc.records import Call, Timed
 from structc.timing import interleaved
 
@@ -76,7 +75,7 @@ def race(
     dense, more = baselines(model, example, compiled=True)
     progress("baselines", 2, 3)
     log.info("with baselines %.1f s", time.monotonic() - start)
-    calls = {**dense, "structc": _caller(product.tree, example)}
+    calls = {**dense, "structc": caller(product.tree, example)}
     latency = _settled(calls, ROUNDS[effort])
     progress("baselines", 3, 3)
     return Raced(product, way, latency, (*notes, *more))
@@ -111,7 +110,7 @@ def _fastest(
         "modules": _way(product, example, active=False, compiled=plain),
     }
     set_way(product, "graph")
-    want = _caller(product.tree, example)()
+    want = caller(product.tree, example)()
     frozen = _frozen(for_inductor, example, want, notes)
     if frozen is not None:
         ways["inductor"] = _way(for_inductor, example, active=True, compiled=frozen)
@@ -142,7 +141,7 @@ def set_way(product: Product, way: str, compiled: Sequence[Frozen] | None = None
 def _way(
     product: Product, example: Call, *, active: bool, compiled: Sequence[Frozen | None]
 ) -> Callable[[], object]:
-    call = _caller(product.tree, example)
+    call = caller(product.tree, example)
 
     def timed() -> object:
         for runner, code in zip(product.runners, compiled, strict=True):
@@ -159,7 +158,7 @@ def _frozen(product: Product, example: Call, want: object, notes: list[str]) -> 
     try:
         compiled = [freeze(runner) for runner in product.runners]
         set_way(product, "inductor", compiled)
-        got = _caller(product.tree, example)()
+        got = caller(product.tree, example)()
     except Exception as e:  # Inductor fails in many ways; the graph then runs as it is
         log.info("Inductor: %s: %s", type(e).__name__, e)
         notes.append(f"Inductor could not compile the rewritten graph ({type(e).__name__})")
@@ -169,11 +168,3 @@ def _frozen(product: Product, example: Call, want: object, notes: list[str]) -> 
         notes.append(f"Inductor's code moves the output by {error:.2g}: not used")
         return None
     return compiled
-
-
-def _caller(model: nn.Module, example: Call) -> Callable[[], object]:
-    def call() -> object:
-        with torch.no_grad():
-            return model(*example.args, **example.kwargs)
-
-    return call

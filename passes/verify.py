@@ -168,6 +168,16 @@ def threshold(dense: float, max_drop: float) -> float:
 # ---------------------------------------------------------------------------- baselines
 
 
+def caller(f: Callable[..., Any], example: Call) -> Callable[[], object]:
+    """A call to time; all versions alike copy their inputs first, for a model may write to them."""
+
+    def call() -> object:
+        with torch.no_grad():
+            return run(f, clone_call(example))
+
+    return call
+
+
 def baselines(
     model: nn.Module, example: Call, *, compiled: bool
 ) -> tuple[dict[str, Callable[[], object]], list[str]]:
@@ -177,14 +187,7 @@ def baselines(
         A timed call for each, and notes on those that could not be built.
     """
 
-    def caller(f: Callable[..., Any]) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return run(f, clone_call(example))  # a model may write to its inputs
-
-        return call
-
-    calls = {"eager": caller(model)}
+    calls = {"eager": caller(model, example)}
     notes: list[str] = []
     if not compiled:
         return calls, notes
@@ -192,8 +195,8 @@ def baselines(
         try:
             with torch._inductor.config.patch(freezing=True):
                 frozen = torch.compile(_forward_of(model), dynamic=dynamic)
-                caller(frozen)()
-            calls[name] = caller(frozen)
+                caller(frozen, example)()
+            calls[name] = caller(frozen, example)
         except Exception as e:  # Inductor fails in many ways; the baseline is then eager alone
             notes.append(f"{name} could not be measured: {type(e).__name__}")
     return calls, notes
