@@ -1,6 +1,7 @@
 # make demo       convert a real model, print the report, leave out/minilm/
 # make test       the whole test suite
 # make test-all   with the long tests
+# make bench      the figures of the README; DATA=folder with the STS-B files
 # make lint       ruff and mypy
 #
 # PYTHON=python3.12       another interpreter
@@ -19,6 +20,7 @@ demo: $(VENV)/examples
 	$(BIN)/python examples/minilm.py --models .models --out out/minilm
 
 bench: $(VENV)/examples
+	$(BIN)/python examples/bench_fits.py --models .models $(if $(DATA),--data $(DATA))
 	$(BIN)/python examples/bench_minilm.py --models .models $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/test

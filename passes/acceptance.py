@@ -161,8 +161,9 @@ def _raced(lab: Lab, table: Table, settled: Settled, effort: str, progress: Prog
     raced = race(model, example, product, for_inductor, effort, progress)
     if raced.product is not product:
         # the same factors with other dense kernels: measured too, for it is what is returned
-        ours, theirs = lab.error(for_inductor, "verify"), lab.error(product, "verify")
-        if ours > SAME * theirs + max(V.exact_tolerance(o) for o in lab.wanted("verify")):
+        error = lab.error(for_inductor, "verify")
+        rounding = max(V.exact_tolerance(o) for o in lab.wanted("verify"))
+        if error > SAME * settled.measured.error + rounding:
             set_way(product, "graph")
             note = "Inductor's version was further from the original: it is not used"
             return Raced(product, "graph", {}, (*raced.notes, note))

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from structc.errors import CalibrationError
 from structc.inputs import canonical, clone_call, describe, run, signature_of, token_mask
-from structc.passes.capture import preserved_buffers
+from structc.passes.buffers import preserved_buffers
 from structc.passes.region import bind_sizes, view_of
 from structc.records import Call, Captured, InputStats, LinearSite, Profile, Region, Sites
 from structc.workdir import WorkDir

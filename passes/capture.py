@@ -13,11 +13,9 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
@@ -25,10 +23,11 @@ from torch.utils import _pytree as pytree
 
 from structc.errors import CaptureError, UnsupportedModel
 from structc.inputs import canonical, clone_call, describe, run, signature_of
-from structc.numerics import float_leaves, output_error, tolerance
+from structc.passes.agreement import checked
+from structc.passes.buffers import preserved_buffers
 from structc.passes.clone import clone_tree, set_modes
-from structc.passes.shapes import UNBOUNDED, facts_of, holds_at, narrow
-from structc.records import Call, Captured, DimGuard, Guards, Refusal, Region
+from structc.passes.guards import guards_of
+from structc.records import Call, Captured, Refusal, Region
 
 log = logging.getLogger("structc.capture")
 
@@ -84,6 +83,11 @@ def check_supported(model: object) -> None:
                 f"model: {name} is on the meta device and has no values",
                 hint="Load the weights first; structc.load takes meta models, compile does not.",
             )
+        if tensor.device.type != "cpu":
+            raise UnsupportedModel(
+                f"model: {name} is on {tensor.device}; structc calibrates and times on the CPU",
+                hint="Compile a copy on the CPU: model.to('cpu').",
+            )
         if type(tensor).__name__ == "DTensor":
             raise UnsupportedModel(
                 f"model: {name} is a DTensor", hint="Gather the model onto one device first."
@@ -133,29 +137,6 @@ def record_calls(tree: nn.Module, example: Call) -> tuple[dict[str, Call], dict[
     return calls, rows
 
 
-@contextlib.contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put buffers back as they were: caches, counters and running statistics move in forward."""
-    before = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if buffer.shape != value.shape or not torch.equal(buffer, value):
-                    buffer.resize_(value.shape).copy_(value)
-
-
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Give a clone's buffers the values that the original's have now."""
-    own = dict(source.named_buffers())
-    with torch.no_grad():
-        for name, buffer in target.named_buffers():
-            value = own.get(name)
-            if value is not None and not (buffer.shape == value.shape and buffer.equal(value)):
-                buffer.resize_(value.shape).copy_(value)
-
-
 # ---------------------------------------------------------------------------- one export
 
 
@@ -193,10 +174,10 @@ def export_region(
     assert isinstance(graph, torch.fx.GraphModule)
     out_spec = graph._out_spec
     _plain_graph(graph)
-    guards = _guards(program, graph, traced, example)
+    guards = guards_of(program, graph, traced, example)
     graph.meta["out_spec"] = out_spec
     region = Region(path, graph, guards, graph_hash(graph.graph), example)
-    return _checked(module, region, traced) if check else (region, "")
+    return checked(module, region, traced) if check else (region, "")
 
 
 def _unexportable(example: Call) -> str:
@@ -242,159 +223,10 @@ def _plain_graph(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _guards(program: Any, graph: torch.fx.GraphModule, traced: Call, example: Call) -> Guards:
-    leaves, spec = pytree.tree_flatten((traced.args, traced.kwargs))
-    nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    ranges: dict[str, tuple[int, int]] = {}
-    tied: dict[tuple[int, int], Any] = {}
-    renamed: dict[Any, Any] = {}
-    symbolic, derived, guards = list[Any](), list[Any](), list[Any]()
-    for leaf, node in zip(leaves, nodes, strict=True):
-        if not isinstance(leaf, Tensor):
-            guards.append(leaf)
-            continue
-        dims: list[int | str] = []
-        for at, size in enumerate(node.meta["val"].shape):
-            expr = getattr(getattr(size, "node", None), "expr", None)
-            if expr is not None:
-                symbolic.append(size)
-            if expr is None or not expr.is_Symbol:
-                # a derived size (2*s, s+1) is only known to be right where it was seen
-                dims.append(int(leaf.shape[at]))
-                if expr is not None:
-                    derived.append(sympy.Eq(expr, int(leaf.shape[at])))
-                continue
-            # equal sizes at the same position move together: export does not always say so,
-            # and a graph must not run where the model would broadcast or fail
-            renamed[expr] = tied.setdefault((at, leaf.shape[at]), expr)
-            name = str(renamed[expr])
-            bounds = program.range_constraints.get(expr)
-            low, high = (
-                (2, UNBOUNDED) if bounds is None else (_int(bounds.lower), _int(bounds.upper))
-            )
-            seen = ranges.get(name, (0, UNBOUNDED))
-            ranges[name] = max(seen[0], low), min(seen[1], high)
-            dims.append(name)
-        guards.append(DimGuard(node.name, tuple(dims), leaf.dtype, leaf.device.type))
-    found = Guards(spec, tuple(guards), ranges)
-    facts = [f.xreplace(renamed) for f in (*facts_of(symbolic), *derived)]
-    home = _sizes(found, pytree.tree_leaves((example.args, example.kwargs)))
-    if not holds_at(facts, home):  # a smaller batch went another way: the graph is that one's
-        home = _sizes(found, leaves)
-    return replace(found, ranges=narrow(facts, ranges, home))
-
-
-def _sizes(guards: Guards, leaves: list[Any]) -> dict[str, int]:
-    """The sizes of symbols in a call."""
-    return {
-        name: leaf.shape[at]
-        for leaf, guard in zip(leaves, guards.leaves, strict=True)
-        if isinstance(guard, DimGuard)
-        for at, name in enumerate(guard.dims)
-        if isinstance(name, str)
-    }
-
-
-def _int(bound: Any) -> int:
-    """A bound as a number; export writes infinity as a symbol of its own."""
-    return min(int(bound), UNBOUNDED) if getattr(bound, "is_Integer", False) else UNBOUNDED
-
-
 def graph_hash(graph: torch.fx.Graph) -> str:
     """A hash of what a graph computes, without names that differ from process to process."""
     lines = [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------- checks
-
-
-def _checked(module: nn.Module, region: Region, traced: Call) -> tuple[Region | None, str]:
-    """Run graph and module at the traced sizes, at smaller ones, with each symbol a little off,
-    and with each at 1."""
-    symbols = dict(region.guards.ranges)
-    leaves, spec = pytree.tree_flatten((traced.args, traced.kwargs))
-    sizes = {n: _inside(s, symbols[n]) for n, s in _sizes(region.guards, leaves).items()}
-
-    def agrees(wanted: dict[str, int]) -> bool | None:
-        resized = resize_inputs(leaves, region.guards, wanted)
-        args, kwargs = pytree.tree_unflatten(resized, spec)
-        return _agrees(module, region, Call(args, kwargs))
-
-    if not agrees(sizes):
-        return None, "the exported graph does not reproduce the module's output"
-    if any(agrees(wanted) is False for wanted in _further(sizes, symbols)):
-        return _with_ranges(region, {name: (size, size) for name, size in sizes.items()}), ""
-    for name, (low, high) in region.guards.ranges.items():
-        if low < high:
-            one = agrees({**sizes, name: 1}) if low <= 2 else False
-            symbols[name] = (1 if one else max(low, 2), high)
-    ones = {name: 1 for name, (low, _) in symbols.items() if low == 1}
-    if len(ones) > 1 and not agrees({**sizes, **ones}):
-        symbols |= {name: (2, symbols[name][1]) for name in ones if symbols[name][1] > 1}
-    return _with_ranges(region, symbols), ""
-
-
-def _further(
-    sizes: dict[str, int], ranges: Mapping[str, tuple[int, int]]
-) -> Iterator[dict[str, int]]:
-    """Other sizes at which a graph must be right: all smaller, and each one up and down."""
-    tried = [sizes]
-    for wanted in (
-        {n: s // 2 for n, s in sizes.items()},
-        {n: s - 1 for n, s in sizes.items()},
-        *({**sizes, n: s + step} for n, s in sizes.items() for step in (1, -1)),
-    ):
-        # at size 1 rules of their own hold: it is tried alone
-        allowed = {n: (min(max(2, ranges[n][0]), ranges[n][1]), ranges[n][1]) for n in wanted}
-        wanted = {n: _inside(s, allowed[n]) for n, s in wanted.items()}
-        if wanted not in tried:
-            tried.append(wanted)
-            yield wanted
-
-
-def _inside(size: int, bounds: tuple[int, int]) -> int:
-    return min(max(size, bounds[0]), bounds[1])
-
-
-def _agrees(module: nn.Module, region: Region, call: Call) -> bool | None:
-    """Whether both give the same; None if the module itself cannot run there."""
-    from structc.passes.region import call_graph  # here, since region reads capture's graphs
-
-    own = clone_call(call)  # either may write to its inputs
-    with torch.no_grad(), preserved_buffers(module):
-        try:
-            want = run(module, clone_call(call))
-        except Exception:
-            return None
-        try:
-            leaves = pytree.tree_leaves((own.args, own.kwargs))
-            got = call_graph(region.graph, module, leaves)
-        except Exception as e:
-            log.info("region %r fails at %s: %s", region.path, describe(call), e)
-            return False
-    return output_error(got, want) <= _allowed(want)
-
-
-def _allowed(output: Any) -> float:
-    return max((tolerance(t.dtype) for t in float_leaves(output)), default=0.0)
-
-
-def _with_ranges(region: Region, ranges: dict[str, tuple[int, int]]) -> Region:
-    return replace(region, guards=replace(region.guards, ranges=ranges))
-
-
-def resize_inputs(leaves: list[Any], guards: Guards, sizes: dict[str, int]) -> list[Any]:
-    """Inputs of other sizes, made by repeating or cutting the given ones."""
-    out = []
-    for leaf, guard in zip(leaves, guards.leaves, strict=True):
-        if isinstance(guard, DimGuard):
-            for at, name in enumerate(guard.dims):
-                if isinstance(name, str) and sizes[name] != leaf.shape[at]:
-                    index = torch.arange(sizes[name], device=leaf.device) % leaf.shape[at]
-                    leaf = leaf.index_select(at, index)
-        out.append(leaf)
-    return out
 
 
 # ---------------------------------------------------------------------------- parts of a model

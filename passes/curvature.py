@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from structc.inputs import clone_call, run, token_mask
 from structc.numerics import float_leaves, regularised
+from structc.passes.buffers import preserved_buffers
 from structc.passes.calibrate import Moments, first_items
-from structc.passes.capture import preserved_buffers
 from structc.records import Call, Captured, LinearSite, Sites
 from structc.workdir import WorkDir
 

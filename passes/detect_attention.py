@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from structc.passes.capture import resize_inputs
+from structc.passes.guards import resize_inputs
 from structc.records import AttentionSite, Captured, DimGuard, NodeRef, Region
 
 log = logging.getLogger("structc.detect")

@@ -9,48 +9,42 @@ import logging
 import resource
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from structc import ops, settings
+from structc import ops
 from structc.boundary import public_boundary
 from structc.budget import Budget
 from structc.compiled import CompiledModel, Handle, handle_of, wrap
 from structc.errors import (
     BudgetNotMet,
     ConfigError,
-    UnsupportedModel,
 )
+from structc.fitting import calibrated, fitted, reached
 from structc.hardware import target
 from structc.inputs import calibration_calls, clone_call, to_call
 from structc.options import Log, Options, Progress, keep, resolve
 from structc.passes import trial
 from structc.passes.acceptance import verify_product
-from structc.passes.calibrate import Parts, calibrate, split
-from structc.passes.capture import capture, check_supported, copy_buffers, preserved_buffers
+from structc.passes.buffers import copy_buffers, preserved_buffers
+from structc.passes.calibrate import Parts, split
+from structc.passes.capture import capture, check_supported
 from structc.passes.clone import clone_tree, python_modules, set_modes
-from structc.passes.curvature import output_grams
 from structc.passes.detect import detect
-from structc.passes.fit import fit_candidates, one_thread_each
 from structc.passes.objective import Objectives
 from structc.passes.profile_time import time_shares
 from structc.passes.region import without_weights
 from structc.passes.rewrite import place_of
 from structc.passes.select import Table
 from structc.passes.verify import unmet_demand
-from structc.pricing import Prices, bind_all, in_plan, price, priced_only, worth_fitting
+from structc.pricing import bind_all, in_plan, price, priced_only
 from structc.records import (
     Call,
-    Candidate,
-    Captured,
-    LinearSite,
     Plan,
     Profile,
-    Refusal,
     Sites,
     Verification,
 )
@@ -60,8 +54,6 @@ from structc.workdir import WorkDir, hash_calls, hash_tensors
 
 log = logging.getLogger("structc")
 
-OUT_GRAMS_SHARE = 4
-"""One part in so many of the memory for calibration is for what the output feels."""
 _CHANGED_BY_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -124,7 +116,7 @@ def compile(
         progress=progress,
     )
     with public_boundary(options.work_dir):
-        _check(model)
+        check_supported(model)
         known = handle_of(model)
         if known is not None:
             original = known.original() if known.original else None
@@ -150,7 +142,7 @@ def compile_(model: nn.Module, example_inputs: Any = None, **options: Any) -> Co
         what waits for its first call replaces nothing.
     """
     with public_boundary():
-        _check(model)
+        check_supported(model)
         example = _required_example(model, example_inputs, "compile_")
     fast = compile(model, example, **options)  # its own boundary; a misspelt option is a TypeError
     with public_boundary():
@@ -178,7 +170,7 @@ def inspect(
         budget=Budget(error=1.0), ignore=ignore, effort=effort, verify=False, progress=progress
     )
     with public_boundary(options.work_dir):
-        _check(model)
+        check_supported(model)
         example = _required_example(model, example_inputs, "inspect")
         notes = Log()
         with notes.stage("capture"):
@@ -218,14 +210,9 @@ def _convert(model: nn.Module, example: Call, calibration: Any, options: Options
 
 
 def _stages(
-    model: nn.Module,
-    example: Call,
-    calls: list[Call],
-    parts: Parts,
-    options: Options,
-    notes: Log,
+    model: nn.Module, example: Call, calls: list[Call], parts: Parts, options: Options, notes: Log
 ) -> CompiledModel:
-    budget, stage = options.budget, notes.stage
+    stage = notes.stage
     with stage("capture"):
         options.progress("capture", 0, 1)
         captured = capture(model, example)
@@ -236,8 +223,8 @@ def _stages(
         sites = keep(detect(captured), options, notes)
     dump("detect", sites)
     with stage("calibrate"):
-        profile = _calibrate(captured, sites, parts, options, work, notes)
-        sites = _reached(sites, profile, notes)
+        profile = calibrated(captured, sites, parts, options, work, notes)
+        sites = reached(sites, profile, notes)
     dump("calibrate", profile)
     with stage("price"):
         prices = price(sites, options, notes)
@@ -245,10 +232,10 @@ def _stages(
     dump("price", {" ".join(map(str, k)): p for k, (_, p) in prices.items()})
     with stage("fit"):
         objectives = Objectives(captured, profile)
-        table = _fit(objectives, sites, prices, options, work, notes)
+        table = fitted(objectives, sites, prices, options, work, notes)
     dump("fit", table)
     with stage("select"):
-        lab = trial.Lab(model, captured, sites, objectives, parts, budget, work)
+        lab = trial.Lab(model, captured, sites, objectives, parts, options.budget, work)
         kernels = bind_all(table, sites, notes)
         plan = trial.select_plan(lab, table, options.progress)
     dump("select", plan)
@@ -281,80 +268,18 @@ def _stages(
         {name: place_of(product.tree, module) for name, module in product.replaced.items()},
         weakref.ref(model),
     )
-    fast = wrap(product.tree, handle)
-    unmet = unmet_demand(budget, plan, verification, table)
-    if unmet is not None:
-        raise BudgetNotMet(
-            f"{unmet} inside the quality budget",
-            result=fast,
-            hint="The best verified model is in .result; allow more drop or error, or ask less.",
-        )
-    return fast
+    return _met(wrap(product.tree, handle), unmet_demand(options.budget, plan, verification, table))
 
 
-def _calibrate(
-    captured: Captured,
-    sites: Sites,
-    parts: Parts,
-    options: Options,
-    work: WorkDir,
-    notes: Log,
-) -> Profile | None:
-    if options.budget.exact:
-        return None
-    if not parts.fit:
-        notes.notes.append("no calibration data: fits minimise the error of weights, not outputs")
-        return None
-    memory_mb = settings.current().memory_mb
-    profile = calibrate(
-        captured, sites, parts.fit, work=work, memory_mb=memory_mb, progress=options.progress
+def _met(fast: CompiledModel, unmet: str | None) -> CompiledModel:
+    """The product, unless the budget demands what it does not give."""
+    if unmet is None:
+        return fast
+    raise BudgetNotMet(
+        f"{unmet} inside the quality budget",
+        result=fast,
+        hint="The best verified model is in .result; allow more drop or error, or ask less.",
     )
-    out_grams, more = output_grams(
-        captured,
-        sites,
-        parts.fit,
-        work=work,
-        memory_mb=memory_mb / OUT_GRAMS_SHARE,
-        progress=options.progress,
-    )
-    profile = replace(profile, out_grams=out_grams, notes=(*profile.notes, *more))
-    notes.notes += profile.notes
-    return profile
-
-
-def _reached(sites: Sites, profile: Profile | None, notes: Log) -> Sites:
-    """Leave out layers that no calibration data reached: nothing says what they may lose."""
-    if profile is None:
-        return sites
-    for site in sites.linear:
-        if site.group not in profile.stats:
-            reason = f"none of {profile.batches} calibration batches reached it"
-            notes.refusals.append(Refusal(site.name, "calibrate", "UNREACHED", reason))
-    return replace(sites, linear=tuple(s for s in sites.linear if s.group in profile.stats))
-
-
-def _fit(
-    objectives: Objectives,
-    sites: Sites,
-    prices: Prices,
-    options: Options,
-    work: WorkDir,
-    notes: Log,
-) -> Table:
-    jobs = [(site, worth_fitting(site, prices, options, notes)) for site in sites.linear]
-
-    def one(job: tuple[LinearSite, list[Any]]) -> tuple[list[Candidate], list[Refusal]]:
-        return fit_candidates(objectives, job[0], job[1], work)
-
-    table: dict[str, list[Candidate]] = {}
-    with one_thread_each() as pool:
-        for at, (found, refusals) in enumerate(pool.map(one, jobs)):
-            options.progress("fit", at, len(jobs))
-            notes.refusals += refusals
-            if found:
-                table[found[0].site] = found
-    options.progress("fit", len(jobs), len(jobs))
-    return table
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Call | None:
@@ -376,17 +301,6 @@ def _required_example(model: nn.Module, example_inputs: Any, caller: str) -> Cal
             hint="Give example_inputs: a tensor, a tuple, a dict or (tuple, dict).",
         )
     return example
-
-
-def _check(model: nn.Module) -> None:
-    """Refuse what cannot be compiled as a whole, before anything runs."""
-    check_supported(model)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu":
-            raise UnsupportedModel(
-                f"model: {name} is on {tensor.device}; structc calibrates and times on the CPU",
-                hint="Compile a copy on the CPU: model.to('cpu').",
-            )
 
 
 def _fingerprint(model: nn.Module, calls: list[Call], options: Options) -> dict[str, str]:
@@ -414,7 +328,7 @@ def _deferred(model: nn.Module, options: Options, calibration: Any) -> CompiledM
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with public_boundary(options.work_dir):
-            _check(model)  # it may have moved since
+            check_supported(model)  # it may have moved since
             fast = _convert(model, clone_call(Call(args, kwargs)), calibration, options)
         self.__dict__ = fast.__dict__
         self.__class__ = fast.__class__

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from zoo import floats, sequential
+from zoo import Experts, floats, refusals_in, sequential
 
 import structc
 from structc import Budget
@@ -32,20 +32,7 @@ def compiled(model: nn.Module, example: Any, **options: Any) -> Any:
 
 
 def codes(fast: Any) -> set[str]:
-    found: set[str] = set()
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            if "reason" in value and "code" in value:
-                found.add(value["code"])
-            for v in value.values():
-                walk(v)
-        elif isinstance(value, list):
-            for v in value:
-                walk(v)
-
-    walk(fast.report.to_dict())
-    return found
+    return {r["code"] for r in refusals_in(fast.report.to_dict())}
 
 
 # ---------------------------------------------------------------------------- dtypes and sizes
@@ -227,15 +214,6 @@ def test_a_scripted_child_stays_as_it_is(kind: str) -> None:
 
 
 def test_an_expert_that_no_data_reach_stays() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            return self.second(y) if bool((x > 0).all()) else y
-
     model, x = Experts().eval(), floats(6, 12)
     fast = compiled(model, x.abs() + 1, calibration=[x, -x, x * 2])
     assert set(fast.plan.choices) == {"first"} and "UNREACHED" in codes(fast)

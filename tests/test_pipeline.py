@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from zoo import ZOO, Counter, floats, ids, run, sequential
+from zoo import ZOO, Counter, floats, ids, refusals_in, run, sequential
 
 import structc
 from structc import Budget, ops
@@ -206,24 +206,7 @@ def test_config_decides_and_ignore_leaves_alone() -> None:
     assert isinstance(fast.mid, LowRank) and fast.mid.hyper() == {"rank": 33}
     assert type(fast.up) is nn.Linear and type(fast.down) is nn.Linear
     assert "up" not in fast.plan.choices
-    assert any(r["code"] == "IGNORED" for r in _refusals(fast))
-
-
-def _refusals(fast: CompiledModel) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            if "code" in value and "reason" in value:
-                found.append(value)
-            for v in value.values():
-                walk(v)
-        elif isinstance(value, list):
-            for v in value:
-                walk(v)
-
-    walk(fast.report.to_dict())
-    return found
+    assert any(r["code"] == "IGNORED" for r in refusals_in(fast.report.to_dict()))
 
 
 @pytest.mark.parametrize(

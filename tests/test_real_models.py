@@ -11,17 +11,7 @@ import torch
 from torch import nn
 
 import structc
-from examples import bench_minilm, minilm
-from structc.inputs import to_call
-from structc.passes.calibrate import calibrate
-from structc.passes.capture import capture
-from structc.passes.curvature import output_grams
-from structc.passes.detect import detect
-from structc.passes.fit import materialise
-from structc.passes.objective import Objectives
-from structc.passes.rewrite import rewrite
-from structc.records import Profile
-from structc.workdir import WorkDir
+from examples import bench_fits, minilm
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +72,6 @@ def test_an_error_budget_holds_on_texts_never_seen(encoder: tuple[nn.Module, Any
 
 @pytest.mark.slow
 def test_weighing_outputs_keeps_more_of_stsb(encoder: tuple[nn.Module, Any], stsb: Path) -> None:
-    """At equal rank everywhere: the Gram of inputs alone loses over twice as much."""
-    model, tokenizer = encoder
-    train = bench_minilm.read_pairs(stsb / "stsb-en-train.csv")
-    texts = sorted((t for p in train[::6] for t in p[:2]), key=len)
-    calls = [to_call(b) for b in minilm.batches(tokenizer, texts, 64)]
-    captured = capture(model, calls[0])
-    sites, work = detect(captured), WorkDir(None, {})
-    profile = calibrate(captured, sites, calls, work=work, memory_mb=1000)
-    grams, _ = output_grams(captured, sites, calls, work=work, memory_mb=1000)
-    aware = Profile(profile.stats, profile.batches, profile.rows, out_grams=grams)
-    pairs = train[3::4]
-    dense = bench_minilm.spearman(model, tokenizer, pairs)
-
-    def drop(known: Profile) -> float:
-        objectives, modules = Objectives(captured, known), {}
-        for site in sites.linear:
-            n, m = site.in_features, site.out_features
-            rank = int(0.75 * n * m / (n + m))
-            if site.name != "pooler.dense":
-                modules[site.name] = materialise(objectives, site, "low_rank", {"rank": rank})
-        product = rewrite(captured, sites, modules)  # type: ignore[arg-type]
-        return 1 - bench_minilm.spearman(product.tree, tokenizer, pairs) / dense
-
-    blind, felt = drop(profile), drop(aware)
-    assert felt < 0.7 * blind and felt < 0.015
+    """At equal rank everywhere: measured 1.1 %, and 1.7 % with the Gram of inputs alone."""
+    ((_, blind, aware),) = bench_fits.drops(*encoder, stsb, [0.75])
+    assert aware < 0.8 * blind and aware < 0.015

@@ -149,6 +149,18 @@ class Functional(nn.Module):
         return F.gelu(F.linear(x, self.a, self.bias)) @ self.b @ self.c.T
 
 
+class Experts(nn.Module):
+    """The second expert sees positive inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y) if bool((x > 0).all()) else y
+
+
 class Branches(nn.Module):
     """Data-dependent control flow around its linears."""
 
@@ -213,3 +225,21 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "run", counting)
         yield counts
+
+
+def refusals_in(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every refusal in a report's data, wherever it stands."""
+    found: list[dict[str, Any]] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            if "code" in value and "reason" in value:
+                found.append(value)
+            for v in value.values():
+                walk(v)
+        elif isinstance(value, list):
+            for v in value:
+                walk(v)
+
+    walk(report)
+    return found

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from structc import ops  # noqa: F401  (a layer's forward calls the operators: they must exist)
 from structc.forms import Act, Bias, Form, Tile
 from structc.numerics import weighted_error
 from structc.records import Hyper, Refusal

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import Counter, Functional, bert, floats, padded, sequential
+from zoo import Counter, Experts, Functional, bert, floats, padded, sequential
 
 from structc.errors import CalibrationError
 from structc.inputs import to_call
@@ -261,18 +261,6 @@ def test_one_batch_is_cut_along_its_first_dimension() -> None:
     parts = split([to_call({"x": floats(12, 3), "flag": True})])
     assert not parts.notes and len(parts.verify) == len(parts.select) == 1
     assert all(c.kwargs["flag"] is True and len(c.kwargs["x"]) < 12 for c in parts.fit)
-
-
-class Experts(nn.Module):
-    """The second expert sees positive inputs alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return self.second(y) if bool((x > 0).all()) else y
 
 
 @pytest.mark.parametrize("memory_mb", [512, 0])

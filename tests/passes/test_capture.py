@@ -301,7 +301,7 @@ def test_guards_about_memory_formats_fix_nothing() -> None:
 
 def test_each_size_is_varied_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where a guard escapes, one item more shows that a graph is another way's."""
-    monkeypatch.setattr("structc.passes.capture.facts_of", lambda sizes: [])
+    monkeypatch.setattr("structc.passes.guards.facts_of", lambda sizes: [])
     model = Asks(lambda a, b: a.shape[1] == 8).eval()
     region, _ = export_region(model, "", to_call((floats(2, 7, 12), floats(2, 5, 12))))
     assert region is not None

@@ -180,14 +180,13 @@ def test_frozen_code_is_let_go_when_a_weight_changes(frozen: Any, change: str) -
 
 
 def test_weights_without_versions_are_not_frozen() -> None:
+    tree, runner = product(torch.randn(6, 8))
+    code = Frozen(lambda *_: (), runner.view)
     with torch.inference_mode():
-        model = nn.Sequential(nn.Linear(4, 4)).eval()
-    captured = capture(model, to_call(torch.randn(3, 4)))
-    if not captured.regions:
-        pytest.skip("weights made under inference_mode are not exported")
-    runner = install(captured.tree, captured.regions[0])
+        tree.fc1.weight = nn.Parameter(torch.randn(12, 8), requires_grad=False)
+    assert not code.current()
     with pytest.raises(RuntimeError, match="inference_mode"):
-        freeze(runner)
+        Frozen(lambda *_: (), runner.view)
 
 
 def test_graphs_that_disagree_with_the_model_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
