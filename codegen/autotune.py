@@ -117,6 +117,8 @@ class _Session:
     db: TuningDb = field(default_factory=TuningDb)
     started: float = field(default_factory=time.monotonic)
     dense: dict[Request, list[Row]] = field(default_factory=dict)
+    without: dict[Request, Refusal] = field(default_factory=dict)
+    """Why a dense shape has no kernel, where it has none."""
     siblings: dict[tuple[object, ...], list[Row]] = field(default_factory=dict)
     refusal: Refusal = field(default_factory=lambda: _refuse("nothing was priced"))
 
@@ -127,10 +129,12 @@ class _Session:
             if self.dense:
                 self.worker.forget()
             self.dense[dense] = self._find(dense, [])
+            self.without[dense] = self.refusal
         if request != dense:
             rivals = _rivals(self.dense[dense])
             if not rivals:
-                return _refuse(f"no dense baseline was timed for {request.form}")
+                why = self.without[dense].reason
+                return _refuse(f"no dense baseline was timed for {request.form}: {why}")
             rows = self._find(request, rivals)
             self.siblings.setdefault(_kind(request), rows)
         else:

@@ -122,7 +122,10 @@ class Worker:
             )
         except OSError as e:
             raise WorkerLost("WORKER", f"the tuning worker cannot be started: {e}") from None
-        self._exchange({"do": "threads", "threads": torch.get_num_threads()}, START_LIMIT_S)
+        try:
+            self._exchange({"do": "threads", "threads": torch.get_num_threads()}, START_LIMIT_S)
+        except WorkerLost as e:  # no candidate has run: none of them is to blame
+            raise WorkerLost("WORKER", f"the tuning worker does not start: it {e}") from None
 
     def _exchange(self, message: dict[str, Any], limit_s: float) -> dict[str, Any]:
         process = self._process

@@ -68,7 +68,8 @@ def verify_product(
 ) -> tuple[Product, Plan, Verification]:
     """Measure on unused data, roll back until the budget holds, then time against the baselines."""
     if not verify:
-        return product, plan, Verification(math.nan, None, "", None, None, None, True, 0)
+        unseen = Verification(math.nan, None, "", None, None, None, True, 0)
+        return product, plan, replace(unseen, replaced=frozenset(product.replaced))
     tolerance = _tolerance(lab)
     settled = _roll_back(lab, table, plan, product, tolerance, progress)
     notes = list(lab.quality.notes if lab.quality else ())
@@ -96,6 +97,7 @@ def verify_product(
         rolled_back={
             s: c for s, c in plan.choices.items() if c != now[s] or s in settled.untouched
         },
+        replaced=frozenset(settled.product.replaced),
         latency=latency,
         runner=way,
         notes=tuple(notes),

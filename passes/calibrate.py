@@ -338,7 +338,7 @@ def _watch_region(
         call = canonical(module, Call(args, kwargs))
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         if bind_sizes(region.guards, leaves, spec) is not None:
-            Watch(view).run(*leaves)
+            Watch(view).run(*clone_call(Call(tuple(leaves), {})).args)  # it may write to them
 
     return [owner.register_forward_pre_hook(before, with_kwargs=True)]
 

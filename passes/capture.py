@@ -34,13 +34,12 @@ log = logging.getLogger("structc.capture")
 TRACED_BATCH = 4
 
 
-def capture(model: nn.Module, example: Call, *, graphs: bool = True) -> Captured:
+def capture(model: nn.Module, example: Call) -> Captured:
     """Clone a model and export what can be exported.
 
     Args:
         model: in any mode; its flags, buffers and hooks are as before afterwards.
         example: a call of it.
-        graphs: whether to export at all.
 
     Errors: :class:`CaptureError` if the model cannot run the example; :class:`UnsupportedModel`
         for kinds of models that have no readable weights.
@@ -50,8 +49,6 @@ def capture(model: nn.Module, example: Call, *, graphs: bool = True) -> Captured
     set_modes(tree, False)
     example = canonical(model, example)
     calls, rows = record_calls(tree, example)
-    if not graphs:
-        return Captured(tree, example, (), None, rows, ())
     region, reason = export_region(tree, "", example)
     if region is not None:
         return Captured(tree, example, (region,), None, rows, ())

@@ -8,12 +8,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from structc.passes.activation import activation_of, following_activation
 from structc.passes.capture import batch_of, traced_batch
 from structc.passes.detect_attention import attention_sites
 from structc.records import Captured, LinearSite, NodeRef, Refusal, Region, Sites
@@ -27,11 +27,6 @@ _TRANSPOSES = (
     aten.numpy_T.default,
 )
 _SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
-_ACTIVATIONS: dict[Any, str] = {
-    aten.relu.default: "relu",
-    aten.silu.default: "silu",
-    aten.relu_.default: "relu",
-}
 
 
 @dataclass
@@ -47,9 +42,6 @@ class Use:
     source: str
     activation: str
     rows: int
-    dtype: torch.dtype
-    shape: tuple[int, int]
-    """(in_features, out_features)."""
 
 
 @dataclass
@@ -160,13 +152,13 @@ def linear_uses(region: Region) -> Iterator[Use]:
         weight = _value(weight_node)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             continue
-        n, m = weight.shape if stored_in_out else reversed(weight.shape)
         bias = None
         if bias_node is not None:
             bias_constant = _constant(bias_node)
             if bias_constant is None:
                 continue
             bias = _full(region, bias_constant[0])
+        follower = following_activation(node)
         yield Use(
             ref=NodeRef(region.path, node.name),
             weight=_full(region, name),
@@ -174,10 +166,8 @@ def linear_uses(region: Region) -> Iterator[Use]:
             leaf=_full(region, _leaf_of(node)),
             transposed=transposed,
             source=f"{region.path}:{_source(x).name}",
-            activation=_following_activation(node),
+            activation="" if follower is None else activation_of(follower),
             rows=_rows(x, region),
-            dtype=weight.dtype,
-            shape=(int(n), int(m)),
         )
 
 
@@ -261,17 +251,6 @@ def _source(x: torch.fx.Node) -> torch.fx.Node:
             break
         x = before
     return x
-
-
-def _following_activation(node: torch.fx.Node) -> str:
-    if len(node.users) != 1:
-        return ""
-    (user,) = node.users
-    if user.target is aten.gelu.default:
-        return "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
-    if user.target in (aten.view.default, aten.reshape.default) and len(user.users) == 1:
-        return _following_activation(user)  # GPT-2 reshapes between addmm and activation
-    return _ACTIVATIONS.get(user.target, "")
 
 
 def _full(region: Region, name: str) -> str:

@@ -12,17 +12,12 @@ from torch.utils import _pytree as pytree
 
 from structc import ops
 from structc.numerics import float_leaves, output_error, tolerance
+from structc.passes.activation import ATEN
 from structc.passes.region import Runner, view_of
 
 aten = torch.ops.aten
 INDUCTOR_HAS = frozenset({"aten", "mkl"})
 """Dense kernels that frozen code has as well: it may then also fuse and merge these products."""
-_ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gelu": (aten.gelu.default, {}),
-    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
-    "relu": (aten.relu.default, {}),
-    "silu": (aten.silu.default, {}),
-}
 
 
 class Frozen:
@@ -140,7 +135,7 @@ def _open(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
             weight = graph.call_function(aten.t.default, (weight,))
         new = graph.call_function(aten.linear.default, (x, weight, bias))
         if act:
-            target, kwargs = _ACTIVATIONS[str(act)]
+            target, kwargs = ATEN[str(act)]
             new = graph.call_function(target, (new,), kwargs)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

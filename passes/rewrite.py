@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from structc.families import AbstractFamily, Dense
+from structc.passes.activation import following_activation
 from structc.passes.clone import clone_tree, replace_modules
 from structc.passes.region import Runner, attributes_of, install, view_of
 from structc.records import Captured, LinearSite, Region, Sites
 
 aten = torch.ops.aten
-_ACTIVATIONS = (aten.gelu.default, aten.relu.default, aten.relu_.default, aten.silu.default)
 FACTORS = "structc_factors"
 """Child of a region's owner that holds the factors of weights used without a module."""
 
@@ -105,7 +105,7 @@ def replace_linear(
     """Replace one product, and the activation behind it where that is its only use."""
     x = node.args[1] if node.target is aten.addmm.default else node.args[0]
     takes_bias = site.bias is not None
-    act_node = _activation_node(node) if site.activation else None
+    act_node = following_activation(node) if site.activation else None
     act = site.activation if act_node is not None else ""
     with graph.inserting_before(node):
         names = [n for n, p in module.named_parameters() if n != "bias"]
@@ -127,17 +127,6 @@ def replace_linear(
         act_node.replace_all_uses_with(before)  # type: ignore[arg-type]
         graph.erase_node(act_node)
     graph.erase_node(node)
-
-
-def _activation_node(node: torch.fx.Node) -> torch.fx.Node | None:
-    """The activation after a product, through reshapes, if nothing else reads in between."""
-    while len(node.users) == 1:
-        (node,) = node.users
-        if node.target in _ACTIVATIONS:
-            return node
-        if node.target not in (aten.view.default, aten.reshape.default):
-            return None
-    return None
 
 
 def place_of(tree: nn.Module, module: nn.Module) -> str:

@@ -156,17 +156,7 @@ def _each(data: Any) -> Iterator[Call]:
             f"calibration: expected an iterable of batches, got {type(data).__name__}",
             hint="Pass a list or DataLoader of tensors, tuples or dicts, or a function.",
         ) from None
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except Exception as e:
-            raise CalibrationError(
-                f"calibration: the data raise {type(e).__name__}: {e}",
-                hint="Iterate over them yourself to see where.",
-            ) from e
-        yield to_call(item)
+    yield from map(to_call, items)
 
 
 def _is_one_call(data: tuple[Any, ...]) -> bool:

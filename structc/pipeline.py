@@ -50,7 +50,7 @@ from structc.records import (
 )
 from structc.report import Report, build_report
 from structc.trace import dump
-from structc.workdir import WorkDir, hash_calls, hash_tensors
+from structc.workdir import WorkDir, hash_calls, hash_source, hash_tensors
 
 log = logging.getLogger("structc")
 
@@ -218,7 +218,7 @@ def _stages(
         captured = capture(model, example)
         options.progress("capture", 1, 1)
     dump("capture", captured)
-    work = WorkDir(options.work_dir, _fingerprint(model, calls, options))
+    work = WorkDir(options.work_dir, _fingerprint(model, [example, *calls], options))
     with stage("detect"):
         sites = keep(detect(captured), options, notes)
     dump("detect", sites)
@@ -308,8 +308,9 @@ def _fingerprint(model: nn.Module, calls: list[Call], options: Options) -> dict[
     if options.work_dir is None:
         return {}
     return {
-        "model": hash_tensors(dict(model.named_parameters())),
+        "model": hash_tensors({**dict(model.named_parameters()), **dict(model.named_buffers())}),
         "data": hash_calls(calls),
+        "metric": hash_source(options.budget.metric),
         "budget": str(options.budget.to_dict()),
         "config": str(dict(options.config)),
         "ignore": str(options.ignore),

@@ -325,6 +325,7 @@ class Verification:
         held: whether the budget holds.
         calls: held-out calls that were compared.
         rolled_back: sites that went back to a milder form or to dense, with what selection chose.
+        replaced: sites that structc's own layers compute, dense ones among them.
         latency: ``"structc"`` and each baseline, interleaved in one run.
         runner: how regions run: ``"graph"``, ``"inductor"`` or ``"modules"``.
         notes: sentences for the report.
@@ -339,6 +340,7 @@ class Verification:
     held: bool
     calls: int
     rolled_back: Mapping[str, Choice] = field(default_factory=dict)
+    replaced: frozenset[str] = frozenset()
     latency: Mapping[str, Timed] = field(default_factory=dict)
     runner: str = "modules"
     notes: tuple[str, ...] = ()

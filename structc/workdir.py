@@ -8,6 +8,7 @@ other options are refused, naming the field that differs.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,3 +114,18 @@ def hash_calls(calls: list[Call]) -> str:
     """A hash of the tensors in a list of calls."""
     leaves = pytree.tree_leaves([(c.args, c.kwargs) for c in calls])
     return hash_tensors({str(i): t for i, t in enumerate(leaves) if isinstance(t, Tensor)})
+
+
+def hash_source(function: object) -> str:
+    """A hash of the code of a function, or of the class of a callable object; empty for None.
+
+    What it reads from elsewhere is not in it.
+    """
+    if function is None:
+        return ""
+    written = function if inspect.isroutine(function) else type(function)
+    try:
+        text = inspect.getsource(written)
+    except (OSError, TypeError):  # typed in by hand, or compiled
+        text = repr(getattr(getattr(written, "__code__", None), "co_code", written))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -176,6 +176,7 @@ def model_verification(back: Sequence[str] = ()) -> Verification:
         held=True,
         calls=8,
         rolled_back={site: Choice("low_rank", {"rank": 96}) for site in back},
+        replaced=frozenset(s.name for s in model_sites()[0].linear),
         latency=timed,
         runner="graph",
         notes=("similarity_spearman over 512 held-out sentences",),

@@ -27,7 +27,7 @@ from structc.files import write_atomic
 from structc.forms import ACTIVATIONS, Act, Bias, Block, PackedDense, Permute, Tile
 from structc.inputs import calibration_calls, canonical, clone_call, describe, to_call, token_mask
 from structc.records import Call, Plan, Price
-from structc.workdir import WorkDir, hash_calls, hash_tensors
+from structc.workdir import WorkDir, hash_calls, hash_source, hash_tensors
 
 # ---------------------------------------------------------------------------- names
 
@@ -394,6 +394,8 @@ def test_hashes_see_names_values_shapes_and_types() -> None:
     assert hash_tensors({"a": x.T.contiguous().T}) == hashes[0]
     assert hash_tensors({"e": torch.zeros(0), "s": torch.tensor(1.0)})
     assert hash_calls([Call((x,), {})]) != hash_calls([Call((x,), {}), Call((x,), {})])
+    sources = [hash_source(f) for f in (None, test_patterns, hash_calls, WorkDir(None, {}), len)]
+    assert len(set(sources)) == len(sources) and hash_source(hash_calls) == sources[2]
 
 
 # ---------------------------------------------------------------------------- forms

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -15,26 +14,6 @@ from structc import ops  # noqa: F401  (a layer's forward calls the operators: t
 from structc.forms import Act, Bias, Form, Tile
 from structc.numerics import weighted_error
 from structc.records import Hyper, Refusal
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of one call.
-
-    Attributes:
-        flops: floating-point operations, a multiply-add counts two.
-        params: elements of the factors (bias not counted).
-        bytes: of factors, input and output, each moved once.
-    """
-
-    flops: int
-    params: int
-    bytes: int
-
-    @property
-    def intensity(self) -> float:
-        """flops a byte."""
-        return self.flops / self.bytes if self.bytes else 0.0
 
 
 class AbstractFamily(nn.Module, abc.ABC):
@@ -119,12 +98,6 @@ class AbstractFamily(nn.Module, abc.ABC):
             bias=self.bias is not None,
             activation=activation,
         )
-
-    def cost(self, rows: int) -> Cost:
-        """Cost of a call with so many rows."""
-        form, size = self.form(), self.factors()[0].element_size()
-        moved = form.params + rows * (self.in_features + self.out_features)
-        return Cost(flops=rows * form.flops, params=form.params, bytes=size * moved)
 
     def error(self, weight: Tensor, gram: Tensor | None = None) -> float:
         """Relative output error against a weight, measured on the factors as they are stored."""

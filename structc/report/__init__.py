@@ -22,6 +22,7 @@ from structc.errors import ConfigError
 from structc.files import write_atomic
 from structc.report import data as collect
 from structc.report import schema as schema
+from structc.report import whole
 from structc.report.words import headline
 
 if TYPE_CHECKING:
@@ -155,9 +156,9 @@ def build_report(
     """
     every = list(dict.fromkeys([*sites.refusals, *refusals]))
     rows = collect.sites_data(sites, candidates, every, plan, verification, time_share)
-    latency = collect.latency_data(verification)
-    verified = collect.verification_data(verification)
-    summary = collect.summary_data(rows, latency, verified)
+    latency = whole.latency_data(verification)
+    verified = whole.verification_data(verification)
+    summary = whole.summary_data(rows, latency, verified)
     asked = collect.plain(dict(options))
     names = {site["name"] for site in rows}
     data: dict[str, Any] = {
@@ -168,7 +169,7 @@ def build_report(
         "headline": "",
         "tier": "none" if plan is None else collect.tier(rows, sites),
         "summary": summary,
-        "budgets": collect.budgets_data(asked, summary, verified),
+        "budgets": whole.budgets_data(asked, summary, verified),
         "latency": latency,
         "time_elsewhere": {
             k: collect.finite(v) or 0.0 for k, v in time_share.items() if k not in names
@@ -176,9 +177,9 @@ def build_report(
         "sites": rows,
         "attention": [collect.attention_data(s) for s in sites.attention],
         "refusals": [collect.refusal_data(r) for r in every],
-        "plan": collect.plan_data(plan),
+        "plan": whole.plan_data(plan),
         "verification": verified,
-        "calibration": collect.profile_data(profile),
+        "calibration": whole.profile_data(profile),
         "stages": [{"name": k, "seconds": collect.finite(v)} for k, v in stages.items()],
         "peak_memory_mb": collect.finite(peak_memory_mb),
         "packed_bytes": int(packed_bytes),

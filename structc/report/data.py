@@ -1,4 +1,4 @@
-"""From the stages' records to the plain data of a report: the schema of ``report.json``.
+"""From the records to the plain data of a report, site by site: part of ``report.json``.
 
 Nothing here formats for people except sentences that scripts want too (headline, reasons). A
 number that is not finite becomes null; ``diverged`` tells an infinite error from an unknown one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,19 +16,14 @@ if TYPE_CHECKING:
     from structc.records import (
         AttentionSite,
         Candidate,
-        Choice,
         LinearSite,
         Plan,
-        Profile,
         Refusal,
         Sites,
         Verification,
     )
 
 Json = dict[str, Any]
-
-OURS = "structc"
-"""The key of the compiled model among the timed versions."""
 
 
 def plain(value: object) -> Any:
@@ -123,10 +117,11 @@ def site_data(
     candidates: Sequence[Candidate],
     refusals: Sequence[Refusal],
     plan: Plan | None,
-    before: Choice | None,
+    verification: Verification | None,
     time_share: float | None,
 ) -> Json:
     """Everything about one linear site, the decision first."""
+    before = verification.rolled_back.get(site.name) if verification else None
     dense_params = site.in_features * site.out_features
     rows = [candidate_data(c, dense_params) for c in candidates]
     planned = plan.choices.get(site.name) if plan else None
@@ -150,7 +145,7 @@ def site_data(
         "rewritten": choice is not None and choice["family"] != "dense",
         "rolled_back": before is not None,
         "sensitivity": finite(plan.sensitivities.get(site.name)) if plan else None,
-        **_outcome(rows, chosen, choice, dense_params),
+        **_outcome(rows, chosen, choice, dense_params, _run_by(site, choice, verification)),
         "fastest": _fastest(rows),
         "candidates": rows,
         "refusals": [refusal_data(r) for r in refusals],
@@ -175,11 +170,22 @@ def _fastest(rows: Sequence[Json]) -> int | None:
     return min(found)[1] if found else None
 
 
-def _outcome(rows: Sequence[Json], chosen: int | None, choice: Json | None, dense: int) -> Json:
+def _run_by(site: LinearSite, choice: Json | None, verification: Verification | None) -> str:
+    """Who computes a dense layer that was left to the model; ``""`` where structc does."""
+    if verification is None or choice is None or choice["family"] != "dense":
+        return ""
+    if site.name in verification.replaced:
+        return ""
+    return "inductor" if verification.runner == "inductor" else "aten"
+
+
+def _outcome(
+    rows: Sequence[Json], chosen: int | None, choice: Json | None, dense: int, other: str
+) -> Json:
     """Times, size and error of what runs now; dense without a candidate of its own is exact."""
     known = next((r["dense_ms"] for r in rows if r["dense_ms"] is not None), None)
     baseline = next((r["baseline"] for r in rows), "")
-    if chosen is not None:
+    if chosen is not None and not other:
         row = rows[chosen]
         return {
             "kernel": row["kernel"],
@@ -193,7 +199,7 @@ def _outcome(rows: Sequence[Json], chosen: int | None, choice: Json | None, dens
         }
     stays = choice is None or choice["family"] == "dense"
     return {
-        "kernel": baseline if stays else "",
+        "kernel": other or (baseline if stays else ""),
         "dense_ms": known,
         "chosen_ms": known if stays else None,
         "speedup": 1.0 if stays and known is not None else None,
@@ -233,75 +239,6 @@ def _why(row: Json, best: Json | None, choice: Json | None) -> str:
     return "faster, but costs more error than the choice"
 
 
-def latency_data(verification: Verification | None) -> list[Json]:
-    """One row for each timed version of the whole model, fastest dense first, ours on top."""
-    if verification is None:
-        return []
-    timed = verification.latency
-    ours = timed[OURS].latency_ms if OURS in timed else None
-    dense = sorted((t.latency_ms, name) for name, t in timed.items() if name != OURS)
-    order = ([OURS] if OURS in timed else []) + [name for _, name in dense]
-    return [
-        {
-            "name": name,
-            "latency_ms": finite(timed[name].latency_ms),
-            "median_ms": finite(timed[name].median_ms),
-            "spread": finite(timed[name].spread),
-            "rounds": timed[name].rounds,
-            "speedup": ratio(timed[name].latency_ms, ours),
-            "ours": name == OURS,
-            "best_dense": bool(dense) and name == dense[0][1],
-        }
-        for name in order
-    ]
-
-
-def plan_data(plan: Plan | None) -> Json | None:
-    """A plan as plain data; None for a report that has none."""
-    if plan is None:
-        return None
-    return {
-        "predicted_ms": finite(plan.predicted_ms),
-        "dense_ms": finite(plan.dense_ms),
-        "predicted_error": finite(plan.predicted_error),
-        "points": [plain(p) for p in plan.points],
-        "notes": list(plan.notes),
-    }
-
-
-def verification_data(v: Verification | None) -> Json | None:
-    """A verification as plain data; None where nothing was verified."""
-    if v is None:
-        return None
-    return {
-        "error": finite(v.error),
-        "diverged": math.isinf(v.error),
-        "tolerance": finite(v.tolerance),
-        "metric_name": v.metric_name,
-        "metric_dense": finite(v.metric_dense),
-        "metric_compiled": finite(v.metric_compiled),
-        "max_drop": finite(v.max_drop),
-        "held": bool(v.held),
-        "calls": v.calls,
-        "rolled_back": list(v.rolled_back),
-        "runner": v.runner,
-        "notes": list(v.notes),
-    }
-
-
-def profile_data(profile: Profile | None) -> Json | None:
-    """What was calibrated, without the matrices."""
-    if profile is None:
-        return None
-    return {
-        "batches": profile.batches,
-        "rows": profile.rows,
-        "inputs": len(profile.stats),
-        "dropped": sum(s.dropped for s in profile.stats.values()),
-        "notes": list(profile.notes),
-    }
-
-
 def sites_data(
     sites: Sites,
     candidates: Mapping[str, Sequence[Candidate]],
@@ -314,14 +251,13 @@ def sites_data(
     of_site: dict[str, list[Refusal]] = {}
     for refusal in refusals:
         of_site.setdefault(refusal.site, []).append(refusal)
-    back = verification.rolled_back if verification else {}
     return [
         site_data(
             s,
             candidates.get(s.name, ()),
             of_site.get(s.name, ()),
             plan,
-            back.get(s.name),
+            verification,
             time_share.get(s.name),
         )
         for s in sites.linear
@@ -338,77 +274,3 @@ def tier(rows: Sequence[Json], sites: Sites) -> str:
         r["error"] is not None and r["error"] <= tolerance(dtypes[r["name"]]) for r in changed
     )
     return "exact" if exact else "approximate"
-
-
-def summary_data(rows: Sequence[Json], latency: Sequence[Json], v: Json | None) -> Json:
-    """The handful of numbers that a script asks for first."""
-    ours = next((r for r in latency if r["ours"]), None)
-    best = next((r for r in latency if r["best_dense"]), None)
-    params = [r["params"] for r in rows]
-    dense = sum(r["in_features"] * r["out_features"] for r in rows)
-    kept = None
-    if v and v["metric_dense"] is not None and v["metric_dense"] > 0:
-        kept = ratio(v["metric_compiled"], v["metric_dense"])
-    return {
-        "sites": len(rows),
-        "rewritten": sum(r["rewritten"] for r in rows),
-        "rolled_back": sum(r["rolled_back"] for r in rows),
-        "could_be_faster": sum(r["fastest"] is not None for r in rows),
-        "latency_ms": ours["latency_ms"] if ours else None,
-        "best_dense": best["name"] if best else "",
-        "best_dense_ms": best["latency_ms"] if best else None,
-        "speedup": best["speedup"] if best else None,
-        "metric_kept": kept,
-        "params_kept": None if None in params else ratio(sum(params), dense),
-    }
-
-
-_SHARE = re.compile(r"([\d.]+(?:e-?\d+)?)\s*([x%]?)")
-
-
-def share(limit: object) -> float | None:
-    """``"0.5x"``, ``"50%"`` and ``0.5`` as a number; None for anything else.
-
-    >>> share("0.5x"), share("50%"), share(0.5), share("fast")
-    (0.5, 0.5, 0.5, None)
-    """
-    found = _SHARE.fullmatch(str(limit).strip())
-    if not found:
-        return None
-    try:
-        number = float(found[1])
-    except ValueError:
-        return None
-    return number / 100 if found[2] == "%" else number
-
-
-def budgets_data(options: Mapping[str, Any], summary: Json, v: Json | None) -> list[Json]:
-    """What was demanded, what came, and whether it holds. Null means that it was not measured."""
-    found: list[Json] = []
-
-    def add(name: str, limit: float | None, value: float | None, held: bool | None) -> None:
-        found.append({"name": name, "limit": limit, "value": value, "held": held})
-
-    if v:
-        drop = None if summary["metric_kept"] is None else 1 - summary["metric_kept"]
-        alone = (v["tolerance"] is None) != (v["max_drop"] is None)
-        if v["max_drop"] is not None:
-            held = v["held"] if alone or drop is None else drop <= v["max_drop"]
-            add("metric", v["max_drop"], drop, held)
-        if v["tolerance"] is not None:
-            within = v["error"] is not None and v["error"] <= v["tolerance"]
-            add("error", v["tolerance"], v["error"], v["held"] if alone else within)
-    asked = options.get("budget")
-    asked = asked if isinstance(asked, dict) else {}
-    speed = ratio(summary["latency_ms"], summary["best_dense_ms"])
-    for name, value in (("latency", speed), ("params", summary["params_kept"])):
-        limit = share(asked[name]) if asked.get(name) is not None else None
-        if limit is not None:
-            add(name, limit, value, None if value is None else value <= limit)
-    if speed is not None:
-        add("never_slower", 1.0, speed, speed <= 1 + _NOISE)
-    return found
-
-
-_NOISE = 0.03
-"""Two timings of one model in one run differ by this much on a quiet machine."""

@@ -218,6 +218,19 @@ def test_another_ones_death_is_nobodys_refusal(index: int, code: str, empty_db: 
     assert code in measurement.refusal().reason and "gone" in measurement.refusal().reason
 
 
+def test_a_worker_that_does_not_start_is_no_kernels_fault(
+    empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_client.sys, "executable", "/bin/false")
+    with worker_client.Worker() as worker:
+        measurement = measure.Measurement(worker, SMALL, SMALL.contenders("quick"), [], "quick")
+        assert measurement.run() == []
+    assert {r.code for _, r in measurement.refused} == {"WORKER"}
+    found = price([SMALL], effort="quick")[SMALL]
+    assert isinstance(found, Refusal) and "does not start" in found.reason
+    assert empty_db.list() == []
+
+
 def test_a_dead_yardstick_is_not_remembered(
     empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,11 +97,6 @@ def test_a_causal_model_is_analysed_without_its_cache() -> None:
     assert any("cache" in r.reason.lower() for r in captured.refusals)
 
 
-def test_graphs_are_captured_only_on_request() -> None:
-    captured = capture(sequential(), to_call(floats(3, 12)), graphs=False)
-    assert captured.regions == () and captured.leaf_rows == {"0": 3, "1": 3, "2": 3}
-
-
 def test_the_same_model_has_the_same_graph_hash() -> None:
     hashes = set()
     for batch in (2, 3, 6):
