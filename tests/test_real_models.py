@@ -58,7 +58,7 @@ def test_an_error_budget_holds_on_texts_never_seen(encoder: tuple[nn.Module, Any
         calls[0],
         calibration=calls[:6],
         budget=structc.Budget(error=0.3),
-        config={"*.query": {"family": "low_rank", "rank": 96}, "_default": None},
+        config={"query": {"family": "low_rank", "rank": 96}, "_default": None},
         effort="none",
     )
     changed = [s for s, c in fast.plan.choices.items() if c.family == "low_rank"]
