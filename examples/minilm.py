@@ -167,17 +167,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default=".models", help="folder that holds the model")
     parser.add_argument("--out", default="out/minilm", help="folder for artifact and report")
     parser.add_argument("--effort", default="quick", choices=("none", "quick", "full"))
+    parser.add_argument("--max-drop", default="2%", help="of the agreement with the original")
     options = parser.parse_args(argv)
 
     model, tokenizer = load(options.models)
     texts = documentation()
     calibration, further = texts[:512], texts[512:812]
+    budget = structc.Budget(metric=structc.metrics.similarity_spearman, max_drop=options.max_drop)
     with progress_bars(wanted=True) as progress:
         fast = structc.compile(
             model,
             example(),
             calibration=batches(tokenizer, calibration),
-            budget=structc.Budget(metric=structc.metrics.similarity_spearman, max_drop="1%"),
+            budget=budget,
             effort=options.effort,
             progress=progress,
         )
