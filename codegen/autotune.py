@@ -24,7 +24,7 @@ from structc.records import Price, Refusal
 
 __all__ = ["Request", "predict", "price", "tuning_key"]
 
-EFFORTS = ("none", "quick", "full")
+EFFORTS = ("none", "recorded", "quick", "full")
 NEAR, MOST_RIVALS = 1.25, 2
 """Dense kernels within this factor of the best are timed again beside each form."""
 ALIKE, MOST_ALIKE = 1.1, 2
@@ -43,8 +43,9 @@ def price(
 
     Args:
         requests: forms with rows and dtype; equal ones are priced once.
-        effort: ``"none"`` predicts and builds nothing, ``"quick"`` times the likely configurations,
-            ``"full"`` all of them.
+        effort: ``"none"`` predicts and builds nothing, ``"recorded"`` takes what the tuning
+            database has and times nothing, ``"quick"`` times the likely configurations, ``"full"``
+            all of them.
         seconds: stop measuring after this long; what is left is refused with code ``BUDGET``.
         progress: called with what was priced, how many are done, and how many there are.
 
@@ -53,7 +54,7 @@ def price(
         its check. A dense request always has a price.
 
     Errors:
-        ConfigError: ``effort`` is none of the three.
+        ConfigError: ``effort`` is none of the four.
     """
     if effort not in EFFORTS:
         raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
@@ -147,8 +148,12 @@ class _Session:
     def _find(self, request: Request, rivals: list[tuple[Contender, float]]) -> list[Row]:
         """Rows of a request with one of them chosen, or none and the reason in ``refusal``."""
         key = tuning_key(request)
-        if self.db.chosen(key, self.effort) is not None:
+        recorded = self.effort == "recorded"
+        if self.db.chosen(key, "quick" if recorded else self.effort) is not None:
             return self.db.rows(key)
+        if recorded:
+            self.refusal = _refuse("the tuning database has no measurement of it, and none is made")
+            return []
         if self.seconds is not None and time.monotonic() - self.started > self.seconds:
             self.refusal = _refuse(f"the {self.seconds:g} s for tuning ran out")
             return []

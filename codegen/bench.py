@@ -21,7 +21,7 @@ from structc import ops, timing
 from structc.codegen import dense, faults, lower
 from structc.codegen.cpu import tile
 from structc.codegen.cpu.emit import Program, analyse
-from structc.forms import Form, PackedDense, Tile
+from structc.forms import Form, PackedDense, parse_form
 from structc.numerics import relative_error
 from structc.records import Refusal, Timed
 
@@ -57,18 +57,6 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "config": dict(self.config)}
-
-
-def parse_form(text: str) -> Form:
-    """The form that a text stands for.
-
-    >>> parse_form("dense(3,4,none)")
-    PackedDense(in_features=3, out_features=4, activation='')
-    """
-    if text.startswith("dense("):
-        n, m, act = text[6:-1].split(",")
-        return PackedDense(int(n), int(m), "" if act == "none" else act)
-    return Tile.parse(text)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,41 +1,19 @@
 """The roofline: what a form should take, from its flops, its bytes and two peaks.
 
-Deterministic: for the same target and form it gives the same milliseconds. It serves effort
+Deterministic: for the same form and peaks it gives the same milliseconds. It serves effort
 ``none`` and targets that are not here, and prunes configurations before they are timed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from structc import hardware
+from structc.codegen.peaks import Peaks, known
 from structc.forms import Block, Form, PackedDense
 
 CALL_MS = 0.004
 """What one operator call costs before any arithmetic."""
 DENSE_EFFICIENCY = 0.9
-FLOPS_PER_CYCLE = {"avx512f": 64, "avx2": 32, "asimd": 16}
-"""Of one core in float32: two fused multiply-adds over a vector register (one on asimd)."""
-CLOCK_GHZ = 2.0
-CORE_GB_PER_S = 12.0
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What a machine can do over all threads: ``gflops`` in float32, ``gb_per_s`` from memory."""
-
-    gflops: float
-    gb_per_s: float
-
-
-def default_peaks(target: hardware.Target | None = None) -> Peaks:
-    """Peaks by instruction set and threads: no measurement, the same on every run."""
-    target = target or hardware.target()
-    lanes = next((FLOPS_PER_CYCLE[i] for i in target.isa if i in FLOPS_PER_CYCLE), 8)
-    threads = max(1, min(target.threads, target.cores))
-    return Peaks(lanes * CLOCK_GHZ * threads, CORE_GB_PER_S * threads)
 
 
 def predict_ms(form: Form, rows: int, dtype: torch.dtype, peaks: Peaks | None = None) -> float:
@@ -44,10 +22,9 @@ def predict_ms(form: Form, rows: int, dtype: torch.dtype, peaks: Peaks | None = 
     max(flops / peak, bytes / bandwidth) + a call's overhead, where narrow blocks and few rows
     lower the share of the peak that is reached.
     """
-    peaks = peaks or default_peaks()
-    speed = 1.0 if dtype in (torch.float32, torch.float64) else 2.0
+    peaks = peaks or known()
     arithmetic = sum(
-        2e-6 * rows * work / (peaks.gflops * speed * share) for work, share in _work(form, rows)
+        2e-6 * rows * work / (peaks.of(dtype) * share) for work, share in _work(form, rows)
     )
     size = dtype.itemsize
     moved = size * (form.params + rows * (form.in_features + form.out_features))

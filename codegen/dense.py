@@ -22,7 +22,8 @@ from structc.codegen.cpu import tile
 from structc.forms import Act, Bias, Block, PackedDense, Tile
 from structc.records import Refusal
 
-KERNELS = ("aten", "mkl", "onednn", "tile")
+LIBRARIES = ("aten", "mkl", "onednn")
+KERNELS = (*LIBRARIES, "tile")
 _FUSED: dict[str, tuple[str, str]] = {
     "": ("none", ""),
     "gelu": ("gelu", "none"),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from structc import settings
+from structc.errors import CacheError
 
 SCHEMA = 1
 FILE = "tuning.sqlite"
@@ -46,7 +47,10 @@ CREATE TABLE IF NOT EXISTS {_TABLE} (
     status TEXT NOT NULL, reason TEXT NOT NULL, latency_ms REAL NOT NULL,
     baseline_ms REAL NOT NULL, baseline TEXT NOT NULL, spread REAL NOT NULL,
     effort TEXT NOT NULL, time REAL NOT NULL,
-    PRIMARY KEY (key_hash, kernel, config))
+    PRIMARY KEY (key_hash, kernel, config));
+CREATE TABLE IF NOT EXISTS facts_{SCHEMA} (
+    name TEXT NOT NULL, machine TEXT NOT NULL, value TEXT NOT NULL, time REAL NOT NULL,
+    PRIMARY KEY (name, machine))
 """
 
 _log = logging.getLogger("structc")
@@ -86,7 +90,7 @@ class Key:
     @property
     def text(self) -> str:
         """Canonical JSON."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return _text(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,12 @@ class TuningDb:
 
     Args:
         path: of the file; ``tuning.sqlite`` in the cache folder by default.
+        strict: whether a database that cannot be used is an error (:class:`CacheError`), not a
+            miss: for people who ask for its contents.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path or settings.current().cache_dir / FILE
+    def __init__(self, path: Path | None = None, *, strict: bool = False) -> None:
+        self.path, self.strict = path or settings.current().cache_dir / FILE, strict
 
     def rows(self, key: Key) -> list[Row]:
         """All valid rows of a key."""
@@ -191,10 +197,41 @@ class TuningDb:
 
         return self._access(read, [])
 
+    def fact(self, name: str, machine: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was measured about a machine as a whole, or None."""
+
+        def read(db: sqlite3.Connection) -> dict[str, Any] | None:
+            query = f"SELECT value FROM facts_{SCHEMA} WHERE name = ? AND machine = ?"
+            found = db.execute(query, (name, _text(machine))).fetchone()
+            try:
+                value = json.loads(found[0]) if found else None
+            except (ValueError, TypeError):
+                return None
+            return value if isinstance(value, dict) else None
+
+        return self._access(read, None)
+
+    def put_fact(self, name: str, machine: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+        """Remember a fact about a machine."""
+
+        def write(db: sqlite3.Connection) -> bool:
+            record = (name, _text(machine), _text(value), time.time())
+            db.execute(f"INSERT OR REPLACE INTO facts_{SCHEMA} VALUES (?, ?, ?, ?)", record)
+            return True
+
+        return self._access(write, False)
+
     def prune(self, older_than_days: float) -> int:
         """Delete rows older than that; how many."""
         limit = time.time() - older_than_days * 86400
         return self._access(lambda db: _delete(db, "WHERE time < ?", limit), 0)
+
+    def delete(self, key: Mapping[str, Any], row: Row) -> int:
+        """Delete one configuration of a key as :meth:`list` gave it; how many rows that were."""
+        config = json.dumps(dict(row.config), sort_keys=True)
+        where = "WHERE key_hash = ? AND kernel = ? AND config = ?"
+        values = (_hash(_text(key)), row.kernel, config)
+        return self._access(lambda db: _delete(db, where, *values), 0)
 
     def clear(self) -> int:
         """Delete every row; how many."""
@@ -212,8 +249,6 @@ class TuningDb:
         Raises:
             CacheError: the file is no export, or one of another schema.
         """
-        from structc.errors import CacheError
-
         try:
             data = json.loads(path.read_text())
             if data["schema"] != SCHEMA:
@@ -233,12 +268,17 @@ class TuningDb:
         try:
             with self._open() as db:
                 return use(db)
-        except sqlite3.OperationalError as e:  # locked, read-only, not to be opened
+        except (sqlite3.OperationalError, OSError) as e:  # locked, read-only, not to be opened
             _log.info("tuning database %s: %s", self.path, e)
+            failed: Exception = e
         except (sqlite3.DatabaseError, UnicodeDecodeError) as e:
             self._move_aside(e)
-        except OSError as e:
-            _log.info("tuning database %s: %s", self.path, e)
+            failed = e
+        if self.strict:
+            raise CacheError(
+                f"tuning database {self.path}: {failed}",
+                hint="Another process may be writing to it; a damaged file is moved aside.",
+            )
         return miss
 
     @contextlib.contextmanager
@@ -250,7 +290,8 @@ class TuningDb:
                 db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA busy_timeout={BUSY_MS}")
             with db:
-                db.execute(_CREATE)
+                for statement in _CREATE.split(";"):
+                    db.execute(statement)
                 yield db
         finally:
             db.close()
@@ -278,6 +319,10 @@ def _hash_sources(folder: Path) -> str:
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(dict(value), sort_keys=True, separators=(",", ":"))
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -298,7 +343,7 @@ def _canonical(key: Mapping[str, Any]) -> str | None:
     """Text of a key that came from outside, or None if it is none."""
     if set(key) != {f.name for f in fields(Key)}:
         return None
-    return json.dumps(dict(key), sort_keys=True, separators=(",", ":"))
+    return _text(key)
 
 
 def _select(db: sqlite3.Connection, where: str, *values: object) -> Iterator[tuple[str, Row]]:

@@ -35,6 +35,7 @@ from structc.errors import (
 if TYPE_CHECKING:
     from structc import families, metrics
     from structc.budget import Budget
+    from structc.built import build
     from structc.compiled import CompiledModel
     from structc.pipeline import compile, compile_, inspect, reset
     from structc.records import Refusal
@@ -48,6 +49,7 @@ _LAZY = {
     "CompiledModel": "structc.compiled",
     "Refusal": "structc.records",
     "Report": "structc.report",
+    "build": "structc.built",
     "compile": "structc.pipeline",
     "compile_": "structc.pipeline",
     "inspect": "structc.pipeline",
@@ -76,6 +78,7 @@ __all__ = [
     "StructcError",
     "UnsupportedModel",
     "VerificationFailed",
+    "build",
     "compile",
     "compile_",
     "families",

@@ -214,6 +214,17 @@ class PackedDense:
 Form = Tile | PackedDense
 
 
+def parse_form(text: str) -> Form:
+    """The form that ``str`` wrote.
+
+    >>> parse_form("dense(3,4,none)")
+    PackedDense(in_features=3, out_features=4, activation='')
+
+    Errors: :class:`InternalError` for a text that is no form.
+    """
+    return PackedDense.parse(text) if text.startswith("dense(") else Tile.parse(text)
+
+
 def _step_text(step: Step) -> str:
     values = ",".join(str(getattr(step, f.name)) for f in fields(step))
     return f"{step.word}({values})"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -12,11 +13,11 @@ from typing import Any
 
 from structc import names
 from structc.budget import Budget
+from structc.codegen.autotune import EFFORTS
 from structc.errors import ConfigError
 from structc.families import BY_NAME, FAMILIES, Dense
 from structc.records import LinearSite, Refusal, Sites
 
-EFFORTS = ("none", "quick", "full")
 Progress = Callable[[str, int, int], None]
 
 
@@ -28,6 +29,7 @@ class Options:
     config: Mapping[str, Any]
     ignore: tuple[str, ...]
     effort: str
+    seconds: float | None
     seed: int
     work_dir: Path | None
     verify: bool
@@ -79,16 +81,42 @@ def resolve(
     check("work_dir", work_dir, isinstance(work_dir, (str, PathLike, type(None))), "a folder")
     check("verify", verify, isinstance(verify, bool), "True or False")
     check("progress", progress, progress is None or callable(progress), "a function or None")
+    effort, seconds = effort_of(effort)
     return Options(
         budget or Budget(),
         dict(config or {}),
         tuple(patterns),
-        one_of("effort", effort, EFFORTS),
+        effort,
+        seconds,
         seed,
         None if work_dir is None else Path(work_dir),
         verify,
         progress or (lambda *_: None),
     )
+
+
+def effort_of(value: Any) -> tuple[str, float | None]:
+    """An effort and a limit in seconds: a number, or a text such as ``"60s"``, is a quick search
+    that ends then.
+
+    >>> effort_of("full"), effort_of(60), effort_of("90s")
+    (('full', None), ('quick', 60.0), ('quick', 90.0))
+
+    Errors: :class:`ConfigError` for anything else.
+    """
+    if isinstance(value, str) and value in EFFORTS:
+        return value, None
+    text = value.removesuffix("s") if isinstance(value, str) else value
+    try:
+        seconds = -1.0 if isinstance(text, bool) else float(text)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            f"effort must be one of {', '.join(EFFORTS)}, or seconds, got {value!r}",
+            hint="60 or '60s' gives the tuner a minute.",
+        )
+    return "quick", seconds
 
 
 @dataclass(eq=False)
@@ -187,10 +215,3 @@ def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapp
         return
     for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
         yield name, hyper
-
-
-def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    """The value, if it is one of those allowed."""
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value

@@ -68,7 +68,7 @@ def compile(
     budget: Budget | None = None,
     config: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
-    effort: str = "quick",
+    effort: str | float = "quick",
     seed: int = 0,
     work_dir: str | Path | None = None,
     verify: bool = True,
@@ -87,7 +87,8 @@ def compile(
         config: ``{pattern: choice}`` with a family's name, ``{"family": ..., hyper...}`` or None
             for dense; the first matching pattern counts, ``"_default"`` last.
         ignore: patterns of sites that stay as they are.
-        effort: ``"none"`` predicts prices and times nothing; ``"quick"``; ``"full"``.
+        effort: ``"none"`` predicts prices and times nothing; ``"recorded"`` takes them from the
+            tuning database alone; ``"quick"``; ``"full"``; or seconds that the tuner may take.
         seed: of everything that is random.
         work_dir: finished work is kept there; the same call continues after an interruption.
         verify: whether the result is measured on held-out data; only tests turn it off.
@@ -158,7 +159,7 @@ def inspect(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    effort: str = "none",
+    effort: str | float = "none",
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
@@ -248,7 +249,7 @@ def _stages(
             table,
             plan,
             product,
-            effort=options.effort,
+            effort="none" if options.effort == "recorded" else options.effort,
             verify=options.verify,
             progress=options.progress,
         )

@@ -12,7 +12,7 @@ from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
 from structc.errors import InternalError
 from structc.families import BY_NAME, Dense, LowRank
-from structc.forms import Form, PackedDense, Tile
+from structc.forms import PackedDense, parse_form
 from structc.options import Log, Options, Progress, forced, proposals
 from structc.records import Candidate, LinearSite, Plan, Price, Refusal, Sites
 
@@ -45,7 +45,10 @@ def price(sites: Sites, options: Options, notes: Log) -> Prices:
                 site.transposed and isinstance(form, PackedDense),
             )
     found = autotune.price(
-        list(requests.values()), effort=options.effort, progress=_named(options.progress, "price")
+        list(requests.values()),
+        effort=options.effort,
+        seconds=options.seconds,
+        progress=_named(options.progress, "price"),
     )
     prices: Prices = {}
     for (site_name, family, hyper_key), request in requests.items():
@@ -195,8 +198,7 @@ def bind_saved(kernels: Sequence[Mapping[str, Any]]) -> list[Refusal]:
     refusals = []
     for item in kernels:
         try:
-            text = str(item["form"])
-            form: Form = PackedDense.parse(text) if text.startswith("dense") else Tile.parse(text)
+            form = parse_form(str(item["form"]))
             dtype = getattr(torch, str(item["dtype"]))
             refusal = lower.bind(
                 form,

@@ -29,7 +29,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("passes", "codegen", "compiled", "report"),
     ("artifact", "options"),
     ("pricing",),
-    ("fitting",),
+    ("fitting", "built"),
     ("pipeline", "reload"),
     ("sources",),
     ("cli", "__init__"),
@@ -37,7 +37,17 @@ TIERS: tuple[tuple[str, ...], ...] = (
 )
 """A module may import what stands above it, and within its own package."""
 LEVEL = {name: at for at, tier in enumerate(TIERS) for name in tier}
-PIPELINE = ("pipeline", "pricing", "fitting", "reload", "sources", "cli", "__init__", "__main__")
+PIPELINE = (
+    "pipeline",
+    "pricing",
+    "fitting",
+    "built",
+    "reload",
+    "sources",
+    "cli",
+    "__init__",
+    "__main__",
+)
 """The layers that may know both the passes and the kernels."""
 
 

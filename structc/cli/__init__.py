@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import structc
-from structc.cli import check, convert, doctor
+from structc.cli import bench, cache, check, convert, doctor, tune
 from structc.cli.session import MEANINGS
 from structc.settings import VARIABLES
 
@@ -30,10 +30,12 @@ for function in (
     convert.convert,
     check.verify,
     check.report,
-    check.bench,
+    bench.bench,
+    tune.tune,
     doctor.doctor,
 ):
     app.command()(function)
+app.add_typer(cache.app)
 
 
 def _version(wanted: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +13,12 @@ import typer
 from structc.cli import flags
 from structc.cli.place import MANIFEST
 from structc.cli.session import Answer, command, note
+from structc.cli.timed import example_of, pair, table, timed_rows
 from structc.errors import ArtifactCorrupt, ConfigError, VerificationFailed
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from structc.records import Call, Timed
     from structc.report import Report
     from structc.sources import Source
 
@@ -157,7 +157,7 @@ def verify(
         "artifact": str(out),
         "against": against,
         **_quality(promised, source, fast),
-        "latency": _timed(_pair(source, fast), rounds),
+        "latency": timed_rows(pair(source, fast), rounds),
     }
     error = None
     if not data["held"]:
@@ -177,7 +177,7 @@ def _quality(promised: Report, source: Source, fast: nn.Module) -> dict[str, Any
     from structc.passes.calibrate import split
 
     budget, tolerance = _budget(promised, source)
-    example = _example(source)
+    example = example_of(source)
     if source.calibration is None:
         select = held_out = [example]
         data = "example inputs"
@@ -248,20 +248,6 @@ def _limit(budget: Any, tolerance: float | None, wanted: Sequence[Any]) -> float
     return max([tolerance or 0.0, *map(exact_tolerance, wanted)])
 
 
-def _example(source: Source) -> Call:
-    from structc.inputs import to_call
-
-    model: Any = source.model
-    for value in (
-        source.example_inputs,
-        getattr(model, "dummy_inputs", None),
-        getattr(model, "example_input_array", None),
-    ):
-        if value is not None:
-            return to_call(value)
-    raise ConfigError("the model brings no example inputs")
-
-
 def _verify_text(data: Mapping[str, Any]) -> str:
     limit, drop = data["error_limit"], data["max_drop"]
     held = "within" if data["held"] else "OUTSIDE OF"
@@ -275,118 +261,6 @@ def _verify_text(data: Mapping[str, Any]) -> str:
             f"  {data['metric']:<19}  {data['metric_dense']:.4g} -> {data['metric_compiled']:.4g}"
             + ("" if drop is None else f"  (at most {drop:.2%} less)"),
             "",
-            *_table(data["latency"]),
+            *table(data["latency"]),
         ]
     )
-
-
-# ---------------------------------------------------------------------------- bench
-
-
-@command
-def bench(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="OUT|MODEL", help="An artifact, or a model.", show_default=False),
-    ],
-    against: MaybeAgainst = None,
-    rounds: Rounds = 9,
-    torch_compile: Annotated[
-        bool,
-        typer.Option(
-            "--torch-compile/--no-torch-compile",
-            help="Time torch.compile with freezing too; it takes minutes for large models.",
-        ),
-    ] = True,
-    seqlen: flags.Seqlen = None,
-    batch_size: flags.BatchSize = None,
-    trust: flags.Trust = False,
-    as_json: flags.AsJson = False,
-    verbose: flags.Verbose = False,
-) -> Answer:
-    """Time an artifact against eager PyTorch and torch.compile, in turns, on the example inputs.
-
-    With a model alone, time its dense versions.
-
-    \b
-    Examples:
-      structc bench out --against model.py:make
-      structc bench model.py:make --rounds 21 --json
-    """
-    if against is None and (Path(what) / MANIFEST).is_file():
-        raise ConfigError(
-            f"{what} is an artifact: it holds no code to run",
-            hint=f"Name its model: structc bench {what} --against MODEL.",
-        )
-    if against is not None:
-        saved_report(Path(what))
-    import structc
-    from structc.hardware import target
-    from structc.inputs import describe
-    from structc.passes.verify import baselines
-    from structc.sources import load_source
-
-    text = flags.text_options(None, seqlen, None, batch_size)
-    source = load_source(what if against is None else against, text, trust=trust)
-    source.model.eval()
-    fast = None if against is None else structc.load(what, source.model)
-    example = _example(source)
-    calls, notes = baselines(source.model, example, compiled=torch_compile)
-    if fast is not None:
-        calls["structc"] = _caller(fast, example)
-    for sentence in notes:
-        note(sentence)
-    rows = _timed(calls, rounds)
-    data = {
-        "model": what if against is None else against,
-        "artifact": None if against is None else what,
-        "inputs": describe(example),
-        "target": target().to_dict(),
-        "latency": rows,
-        "notes": notes,
-    }
-    return Answer(data, "\n".join([f"inputs {describe(example)}", "", *_table(rows)]))
-
-
-def _pair(source: Source, fast: nn.Module) -> dict[str, Callable[[], object]]:
-    example = _example(source)
-    return {"eager": _caller(source.model, example), "structc": _caller(fast, example)}
-
-
-def _caller(model: nn.Module, example: Call) -> Callable[[], object]:
-    import torch
-
-    def call() -> object:
-        with torch.no_grad():
-            return model(*example.args, **example.kwargs)
-
-    return call
-
-
-def _timed(calls: Mapping[str, Callable[[], object]], rounds: int) -> list[dict[str, Any]]:
-    """Every version, fastest first, with its speed against eager."""
-    from structc.timing import interleaved
-
-    timed: dict[str, Timed] = interleaved(calls, rounds=rounds, min_sample_ms=5.0)
-    eager = timed["eager"].latency_ms
-    return [
-        {
-            "name": name,
-            "latency_ms": t.latency_ms,
-            "median_ms": t.median_ms,
-            "spread": t.spread,
-            "rounds": t.rounds,
-            "speedup_over_eager": eager / t.latency_ms if t.latency_ms > 0 else 1.0,
-        }
-        for name, t in sorted(timed.items(), key=lambda item: item[1].latency_ms)
-    ]
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    wide = max(len(r["name"]) for r in rows)
-    head = f"  {'':<{wide}}  {'ms':>10}  {'median':>10}  {'spread':>7}  {'x eager':>8}"
-    return [head] + [
-        f"  {r['name']:<{wide}}  {r['latency_ms']:>10.4g}  {r['median_ms']:>10.4g}"
-        f"  {r['spread']:>6.0%}  {r['speedup_over_eager']:>8.2f}"
-        for r in rows
-    ]

@@ -64,8 +64,9 @@ BatchSize = Annotated[
 Effort = Annotated[
     str,
     typer.Option(
-        metavar="none|quick|full",
-        help="none predicts prices and times nothing; full times every configuration.",
+        metavar="none|recorded|quick|full|60s",
+        help="none predicts prices and times nothing; recorded takes them from the tuning "
+        "database; full times every configuration; 60s is a quick search that ends then.",
     ),
 ]
 Ignore = Annotated[

@@ -1,0 +1,251 @@
+"""One matrix, tuned for this machine: ``structc.build``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from structc.boundary import public_boundary
+from structc.codegen import autotune, lower
+from structc.codegen.autotune import Request
+from structc.errors import ConfigError
+from structc.families import AbstractFamily, Dense
+from structc.families.base import with_epilogue
+from structc.forms import ACTIVATIONS, Form, PackedDense, Tile, parse_form
+from structc.options import effort_of
+from structc.records import Price, Refusal
+
+
+class Built(nn.Module):
+    """A tuned map ``x (..., in_features) -> (..., out_features)``.
+
+    Attributes:
+        family: the factors, with the bias; None if only a form was given.
+        form: what computes them, activation included.
+        prices: for each number of rows, what the chosen kernel takes and what dense takes.
+        refusals: why a kernel that was asked for is not there; the reference runs instead.
+    """
+
+    def __init__(
+        self,
+        family: AbstractFamily | None,
+        form: Form,
+        prices: Mapping[int, Price],
+        refusals: Sequence[Refusal],
+        dense: Dense | None,
+        bias: Tensor | None,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        self.family, self.form, self.activation = family, form, activation
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.prices, self.refusals = dict(prices), tuple(refusals)
+        self._dense = dense
+        self._dense_rows = frozenset(r for r, p in self.prices.items() if _is_dense(p))
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor] = ()) -> Tensor:
+        """The map; a form without a family takes its weights here, in the order of its steps."""
+        if self._dense is not None and self._bucket(x) in self._dense_rows and not _graded(self, x):
+            return _dense(x, self._dense.weight, self._dense.bias, self.activation, False)
+        family, bias = self.family, self.bias
+        if family is not None:
+            weights, bias = family.factors(), family.bias
+        if isinstance(self.form, PackedDense):
+            (weight,) = weights
+            transposed = isinstance(family, Dense) and family.transposed
+            return _dense(x, weight, bias, self.form.activation, transposed)
+        listed = list(weights) if bias is None else [*weights, bias]
+        y: Tensor = torch.ops.structc.tile([x], listed, str(self.form))[0]
+        return y
+
+    def _bucket(self, x: Tensor) -> int:
+        rows = x.numel() // max(1, x.shape[-1])
+        return min((r for r in self.prices if r >= rows), default=max(self.prices, default=0))
+
+    def extra_repr(self) -> str:
+        lines = [str(self.form)]
+        for rows, p in sorted(self.prices.items()):
+            lines.append(
+                f"{rows} rows: {p.kernel} {p.latency_ms:.3g} ms, {p.speedup:.2f}x over "
+                f"{p.baseline or 'dense'} ({p.source})"
+            )
+        return "\n".join([*lines, *(f"refused: {r.reason}" for r in self.refusals)])
+
+
+def build(
+    family_or_form: AbstractFamily | Form | str,
+    *,
+    rows: int | Sequence[int],
+    dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    effort: str | float = "quick",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Built:
+    """A tuned callable for one matrix, never slower than the best dense product known.
+
+    Where the structured form loses at some number of rows, the dense matrix runs there instead
+    (unless a gradient is wanted: the factors train). Other numbers of rows run by the nearest one
+    above, else by the largest.
+
+    Args:
+        family_or_form: fitted factors, or a form (or its text) that takes its weights at each call.
+        rows: of one call, or several: each is tuned.
+        dtype: of inputs and weights; by default that of the factors, float32 for a form.
+        bias: (out_features,), added; kept, and trained, with the factors.
+        activation: applied at the end: gelu, gelu_tanh, relu or silu.
+        effort: as in :func:`structc.compile`.
+        progress: called with a name, how many are done, and how many there are.
+
+    Errors: :class:`ConfigError` for arguments that do not fit each other.
+
+    >>> from structc.families import LowRank
+    >>> op = build(LowRank.fit(torch.randn(96, 64), rank=20), rows=(1, 32), effort="none")
+    >>> op(torch.randn(2, 3, 64)).shape
+    torch.Size([2, 3, 96])
+    """
+    with public_boundary():
+        buckets = _rows(rows)
+        act = _activation(activation)
+        family, form, dtype = _parts(family_or_form, dtype, bias, act)
+        own = None if bias is None else bias.to(dtype)
+        has_bias = bias is not None if family is None else family.bias is not None
+        transposed = isinstance(family, Dense) and family.transposed
+        wanted = {
+            r: Request(form, r, dtype, has_bias, act, transposed and isinstance(form, PackedDense))
+            for r in buckets
+        }
+        rivals = {r: w.dense() for r, w in wanted.items()}
+        requests = [*wanted.values(), *rivals.values()]
+        name, seconds = effort_of(effort)
+        found = autotune.price(requests, effort=name, seconds=seconds, progress=progress)
+        prices: dict[int, Price] = {}
+        refusals: list[Refusal] = []
+        for r in buckets:
+            ours, dense = found[wanted[r]], found[rivals[r]]
+            chosen = _chosen(ours, dense, family, name, refusals)
+            if chosen is not None:
+                prices[r] = chosen
+                refusals += _bound(chosen, wanted[r] if chosen is ours else rivals[r], r)
+        rival = None
+        if family is not None and any(map(_is_dense, prices.values())):
+            rival = _dense_of(family)
+        return Built(
+            family, form, prices, refusals, rival, None if family is not None else own, act
+        )
+
+
+def _rows(rows: int | Sequence[int]) -> tuple[int, ...]:
+    found = (rows,) if isinstance(rows, int) else tuple(rows)
+    if not found or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in found):
+        raise ConfigError(
+            f"build: rows must be a positive int or several, got {rows!r}",
+            hint="rows is how many vectors one call multiplies: batch times length.",
+        )
+    return tuple(sorted(set(found)))
+
+
+def _activation(activation: str | None) -> str:
+    act = activation or ""
+    if act and act not in ACTIVATIONS:
+        raise ConfigError(
+            f"build: activation {activation!r} is none of {', '.join(ACTIVATIONS)}",
+            hint="Leave it out and apply another function to the result.",
+        )
+    return act
+
+
+def _parts(
+    given: AbstractFamily | Form | str, dtype: torch.dtype | None, bias: Tensor | None, act: str
+) -> tuple[AbstractFamily | None, Form, torch.dtype]:
+    """The family with its bias in the dtype wanted, the whole form, the dtype."""
+    if isinstance(given, Refusal):
+        raise ConfigError(
+            f"build: the fit was refused: {given.reason}", hint="Try other hyper-parameters."
+        )
+    if isinstance(given, AbstractFamily):
+        dtype = dtype or given.factors()[0].dtype
+        family = copy.deepcopy(given).to(dtype)
+        _check_bias(bias, family.out_features)
+        if bias is not None and family.bias is not None:
+            raise ConfigError(
+                "build: the family has a bias already", hint="Give one of the two, or their sum."
+            )
+        if bias is not None:
+            family.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+        return family, family.form(act), dtype
+    try:
+        form = parse_form(given) if isinstance(given, str) else given
+    except Exception as e:
+        raise ConfigError(f"build: {e}", hint="str() of a form gives a text that is one.") from None
+    if not isinstance(form, (Tile, PackedDense)):
+        raise ConfigError(
+            f"build: expected a family, a form or its text, got {type(given).__name__}",
+            hint="structc.families.LowRank.fit(weight, rank=...) gives a family.",
+        )
+    _check_bias(bias, form.out_features)
+    if isinstance(form, PackedDense):
+        form = PackedDense(form.in_features, form.out_features, act or form.activation)
+    else:
+        form = with_epilogue(form, bias=bias is not None, activation=act)
+    return None, form, dtype or torch.float32
+
+
+def _check_bias(bias: Tensor | None, out_features: int) -> None:
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ConfigError(
+            f"build: bias has shape {tuple(bias.shape)}, expected ({out_features},)",
+            hint="A bias is one number for each output feature.",
+        )
+
+
+def _chosen(
+    ours: Price | Refusal,
+    dense: Price | Refusal,
+    family: AbstractFamily | None,
+    effort: str,
+    refusals: list[Refusal],
+) -> Price | None:
+    """The faster of both; dense needs a family, whose matrix is known."""
+    if isinstance(ours, Refusal):
+        refusals.append(ours)
+        return dense if family is not None and isinstance(dense, Price) else None
+    slower = effort != "none" and ours.latency_ms > ours.baseline_ms
+    return dense if slower and family is not None and isinstance(dense, Price) else ours
+
+
+def _bound(price: Price, request: Request, rows: int) -> list[Refusal]:
+    refusal = lower.bind(
+        request.form,
+        request.dtype,
+        rows,
+        price.kernel,
+        price.config,
+        transposed=request.transposed,
+    )
+    return [] if refusal is None else [refusal]
+
+
+def _is_dense(price: Price) -> bool:
+    return price.form.startswith("dense(")
+
+
+def _dense_of(family: AbstractFamily) -> Dense:
+    made = Dense(family.to_dense().detach().contiguous())
+    if family.bias is not None:
+        made.bias = nn.Parameter(family.bias.detach())
+    return made.requires_grad_(False)
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, transposed: bool) -> Tensor:
+    y: Tensor = torch.ops.structc.dense(x, weight, bias, act, transposed)
+    return y
+
+
+def _graded(module: nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in module.parameters())
+    )

@@ -1,0 +1,88 @@
+"""``structc tune`` and the kernel table of ``structc bench``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from structc.cli import flags
+from structc.cli.bench import peaks_line
+from structc.cli.session import Answer, command, note, progress_bars
+from structc.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+@command
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="file.py:factory, a Hugging Face folder on disk, or with --trust a .pt2 file.",
+            show_default=False,
+        ),
+    ] = None,
+    peaks: Annotated[
+        bool,
+        typer.Option("--peaks", help="Measure what this machine can do: predictions use it."),
+    ] = False,
+    effort: flags.Effort = "quick",
+    ignore: flags.Ignore = None,
+    calib: flags.Calib = None,
+    seqlen: flags.Seqlen = None,
+    nsamples: flags.Samples = None,
+    batch_size: flags.BatchSize = None,
+    trust: flags.Trust = False,
+    as_json: flags.AsJson = False,
+    no_progress: flags.NoProgress = False,
+    verbose: flags.Verbose = False,
+) -> Answer:
+    """Measure beforehand what converting a model will ask for; later conversions find it.
+
+    \b
+    Examples:
+      structc tune --peaks
+      structc tune model.py:make
+      structc tune ./all-MiniLM-L6-v2 --seqlen 128 --effort full
+    """
+    if model is None and not peaks:
+        raise ConfigError("tune: nothing to do", hint="Name a MODEL, or give --peaks.")
+    data: dict[str, Any] = {}
+    lines: list[str] = []
+    if peaks:
+        from structc.codegen import peaks as peaks_of
+
+        measured = peaks_of.measure()
+        data["peaks"] = asdict(measured)
+        lines.append(peaks_line(measured))
+    if model is None:
+        return Answer(data, "\n".join(lines))
+    import structc
+    from structc.sources import load_source
+
+    text = flags.text_options(calib, seqlen, nsamples, batch_size)
+    with progress_bars(wanted=not no_progress) as progress:
+        source = load_source(model, text, trust=trust)
+        report = structc.inspect(
+            source.model,
+            source.example_inputs,
+            effort=effort,
+            ignore=ignore or (),
+            progress=progress,
+        )
+    for sentence in source.notes:
+        note(sentence)
+    found = report.to_dict()
+    sites = found["sites"]
+    priced = {(c["form"], s["rows"], s["dtype"]) for s in sites for c in s["candidates"]}
+    faster = sum(s["fastest"] is not None for s in sites)
+    data["report"] = found
+    lines.append(
+        f"{len(priced)} forms priced for {len(sites)} layers, {faster} of which have a structured "
+        "form that is faster than dense"
+    )
+    return Answer(data, "\n".join(lines))
