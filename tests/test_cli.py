@@ -117,16 +117,17 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "inspect", "convert", "verify", "report", "bench", "doctor"],
+    ["", "inspect", "convert", "verify", "report", "bench", "tune", "cache verify", "doctor"],
     ids=lambda n: n or "-",
 )
 def test_help(name: str, golden: Callable[[str, str], None]) -> None:
-    done = run(*filter(None, [name]), "--help")
+    done = run(*name.split(), "--help")
     text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     assert done.exit_code == 0 and "Examples:" in text and f"structc {name}" in text
     if metadata.version("typer") == "0.29.2":  # others lay tables out in another way
         text = "\n".join(line.rstrip() for line in text.splitlines())
-        golden(f"cli/help_{name or 'structc'}.txt", text + "\n")
+        file = "_".join(name.split()) or "structc"
+        golden(f"cli/help_{file}.txt", text + "\n")
 
 
 def test_help_and_version_load_no_torch() -> None:

@@ -1,0 +1,137 @@
+"""``structc.build``: one matrix, tuned, never slower than dense, right at every shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import structc
+from structc import built
+from structc.codegen.autotune import Request, predict
+from structc.errors import ConfigError
+from structc.families import AbstractFamily, Dense, LowRank, Monarch
+from structc.forms import Act, Bias, Block, PackedDense, Tile
+from structc.numerics import relative_error
+from structc.records import Price, Refusal
+
+
+def low_rank(out_features: int = 96, in_features: int = 64, rank: int = 20) -> LowRank:
+    family = LowRank.fit(torch.randn(out_features, in_features), rank=rank)
+    assert isinstance(family, LowRank)
+    return family
+
+
+def expected(family: AbstractFamily, x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    y = x.double() @ family.to_dense().double().T
+    y = y if bias is None else y + bias.double()
+    return nn.functional.gelu(y) if act == "gelu" else y
+
+
+@pytest.mark.parametrize("effort", ["none", "quick"])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (33, 64), (2, 1, 3, 1, 64), (0, 64), (2, 0, 64)])
+def test_every_shape(effort: str, shape: tuple[int, ...]) -> None:
+    family, bias = low_rank(), torch.randn(96)
+    op = structc.build(family, rows=(1, 32), bias=bias, activation="gelu", effort=effort)
+    x = torch.randn(shape)
+    y = op(x)
+    assert y.shape == (*shape[:-1], 96) and y.dtype == x.dtype
+    assert relative_error(y, expected(family, x, bias, "gelu")) < 1e-5
+    strided = torch.randn(*shape[:-1], 128)[..., ::2]
+    assert relative_error(op(strided), expected(family, strided, bias, "gelu")) < 1e-5
+
+
+def test_forms_take_their_weights_at_the_call() -> None:
+    form = Tile((Block(1, 8, 16, 1), Block(1, 24, 8, 1)))
+    u, v, bias, x = (
+        torch.randn(1, 8, 16, 1),
+        torch.randn(1, 24, 8, 1),
+        torch.randn(24),
+        torch.randn(5, 16),
+    )
+    want = torch.relu(x @ u[0, :, :, 0].T @ v[0, :, :, 0].T + bias)
+    for given in (form, str(form)):
+        op = structc.build(given, rows=5, bias=bias, activation="relu", effort="none")
+        assert op.form == form.then(Bias(24), Act("relu", 24))
+        torch.testing.assert_close(op(x, [u, v]), want, rtol=1e-5, atol=1e-5)
+    dense = structc.build(PackedDense(16, 24), rows=5, bias=bias, effort="none")
+    w = torch.randn(24, 16)
+    torch.testing.assert_close(dense(x, [w]), x @ w.T + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_dtype_and_dense_families() -> None:
+    family = Dense(torch.randn(16, 24), transposed=True)
+    x = torch.randn(3, 16)
+    op = structc.build(family, rows=3, effort="none")
+    torch.testing.assert_close(op(x), x @ family.weight, rtol=1e-5, atol=1e-5)
+    half = structc.build(low_rank(), rows=4, dtype=torch.bfloat16, effort="none")
+    assert half(torch.randn(4, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_dense_runs_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The structured form wins at 100 rows and loses at 1: one op, two ways."""
+
+    def price(requests: list[Request], **_: Any) -> dict[Request, Price | Refusal]:
+        found: dict[Request, Price | Refusal] = {}
+        for r in requests:
+            guess = predict(r)
+            slow = r.rows == 1 and isinstance(r.form, Tile)
+            ms = 2.0 if slow else 1.0 if isinstance(r.form, PackedDense) else 0.5
+            found[r] = Price(guess.form, r.rows, ms, 1.0, guess.kernel, {}, "aten", 0.0, "measured")
+        return found
+
+    monkeypatch.setattr(built.autotune, "price", price)
+    family = low_rank()
+    op = structc.build(family, rows=(1, 100), activation="gelu", effort="quick")
+    assert [p.form.startswith("dense") for p in op.prices.values()] == [True, False]
+    seen: list[str] = []
+    dense, tile = torch.ops.structc.dense, torch.ops.structc.tile
+    monkeypatch.setattr(torch.ops.structc, "dense", lambda *a: seen.append("dense") or dense(*a))
+    monkeypatch.setattr(torch.ops.structc, "tile", lambda *a: seen.append("tile") or tile(*a))
+    with torch.no_grad():
+        for rows in (1, 2, 100, 500):
+            x = torch.randn(rows, 64)
+            assert relative_error(op(x), expected(family, x, None, "gelu")) < 1e-5
+    assert seen == ["dense", "tile", "tile", "tile"]
+    op(torch.randn(1, 64)).sum().backward()  # the factors train, so they run
+    assert seen[-1] == "tile" and op.family.u.grad is not None
+    assert "1 rows: " in repr(op)
+
+
+def test_a_refused_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRUCTC_CXX", "/nonexistent/compiler")
+    family = Monarch.fit(torch.randn(32, 32), in_blocks=4, out_blocks=4, rank=2)
+    op = structc.build(family, rows=8, effort="quick")
+    assert op.refusals and "compiler" in repr(op)
+    x = torch.randn(8, 32)
+    assert relative_error(op(x), x.double() @ family.to_dense().double().T) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ("nonsense(3)", {"rows": 1}, "nonsense"),
+        (3, {"rows": 1}, "expected a family"),
+        (Refusal("", "low_rank", "RANK", "too large"), {"rows": 1}, "too large"),
+        ("dense(3,4,none)", {"rows": 0}, "rows must be"),
+        ("dense(3,4,none)", {"rows": ()}, "rows must be"),
+        ("dense(3,4,none)", {"rows": True}, "rows must be"),
+        ("dense(3,4,none)", {"rows": 1, "activation": "tanh"}, "tanh"),
+        ("dense(3,4,none)", {"rows": 1, "bias": torch.ones(3)}, "bias has shape"),
+        ("dense(3,4,none)", {"rows": 1, "effort": "much"}, "effort"),
+        ("dense(3,4,none)", {"rows": 1, "effort": -3}, "effort"),
+    ],
+)
+def test_bad_arguments(given: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        structc.build(given, **options)
+
+
+def test_two_biases_are_an_error() -> None:
+    family = low_rank()
+    family.bias = nn.Parameter(torch.ones(96))
+    with pytest.raises(ConfigError, match="bias already"):
+        structc.build(family, rows=1, bias=torch.ones(96), effort="none")
+    assert "bias" in dict(structc.build(family, rows=1, effort="none").family.named_parameters())
