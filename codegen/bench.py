@@ -20,7 +20,8 @@ from torch import Tensor
 from structc import ops, timing
 from structc.codegen import dense, faults, lower
 from structc.codegen.cpu import tile
-from structc.codegen.cpu.emit import Program, analyse
+from structc.codegen.cpu.emit import spec_of
+from structc.codegen.cpu.program import Program, analyse
 from structc.forms import Form, PackedDense, parse_form
 from structc.numerics import relative_error
 from structc.records import Refusal, Timed
@@ -194,16 +195,17 @@ def _check_odd(job: Job, tolerance: float) -> Refusal | None:
         return None
     form = parse_form(job.form)
     program = dense.tile_form(form, True) if isinstance(form, PackedDense) else form
-    layout = str({**tile.DEFAULT, **job.config}["layout"])
-    parts = analyse(program, layout)
+    layout, dtype = str({**tile.DEFAULT, **job.config}["layout"]), getattr(torch, job.dtype)
+    parts = analyse(program, layout, dtype)
     if not isinstance(parts, Program):
         return parts
-    odd = tile.sample_form(parts.spec(layout))
-    kernel = tile.make(odd, job.config)
+    shuffles = any(stage.shuffled for stage in parts.stages)
+    odd = tile.sample_form(spec_of(parts, layout, dtype), shuffles=shuffles)
+    kernel = tile.make(odd, job.config, dtype=dtype)
     if isinstance(kernel, Refusal):
         return kernel
     for rows in (1, 37):
-        x, weights = tile.sample(odd, rows)
+        x, weights = tile.sample(odd, rows, dtype=dtype)
         problem = Problem(
             odd, kernel, (x, x), weights, lambda a, w: ops.tile_reference(a, w, str(odd))
         )

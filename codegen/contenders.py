@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from structc.codegen.bench import Job
-from structc.codegen.cpu.emit import Program, analyse
+from structc.codegen.cpu.pack import PACK, parts_of
+from structc.codegen.cpu.program import LAYOUTS, Program, analyse
 from structc.codegen.cpu.tile import DEFAULT
-from structc.forms import Form, PackedDense, Tile
+from structc.forms import Block, Form, PackedDense, Tile
 
 Config = Mapping[str, int | str]
 FEW_ROWS = 512
@@ -89,14 +90,15 @@ def dense_contenders(
 ) -> list[Contender]:
     """Dense kernels; eager comes first: it is replaced only by something measurably faster."""
     found = [Contender("aten"), Contender("onednn")]
-    if dtype != torch.float32:
+    if dtype == torch.float32:
+        found.append(Contender("mkl"))
+    if not isinstance(analyse(Tile((Block(1, 1, form.in_features, 1),)), "token", dtype), Program):
         return found
-    found.append(Contender("mkl"))
     tiles = {_default_tile(rows)} if effort == "quick" else {16, 32, 64, 128}
     if rows > 128:
         tiles.add(128)
     for height in sorted(t for t in tiles if t <= max(16, 2 * rows)):
-        for width in (48, 64) if effort == "full" else (48,):
+        for width in _widths(dtype, effort):
             for split in _splits(rows):
                 config = {**DEFAULT, "tile": height, "panel1": width, "panel2": width}
                 found.append(Contender("tile", {**config, "split": split}))
@@ -105,39 +107,49 @@ def dense_contenders(
 
 def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> list[Contender]:
     """Configurations of the emitted kernel, the most likely one first."""
-    if dtype != torch.float32:
-        return []
     found: dict[tuple[tuple[str, int | str], ...], Contender] = {}
 
     def add(**config: int | str) -> None:
         full = {**DEFAULT, **config}
         found.setdefault(tuple(full.items()), Contender("tile", full))
 
-    layouts = _layouts(form)
+    layouts = _layouts(form, dtype)
     height, split = _default_tile(rows), _splits(rows)[0]
+    likely, *others = _widths(dtype, effort)
     for layout in layouts:
-        add(layout=layout, tile=height, split=split)
+        add(layout=layout, tile=height, panel1=likely, panel2=likely, split=split)
     heights = (16, 32, 64, 128) if effort == "full" else (height // 2, height * 2)
     for layout in layouts if effort == "full" else layouts[:1]:
         for tall in (t for t in heights if 16 <= t <= 128):
             for chosen in _splits(rows):
-                widths = (32, 48, 64) if effort == "full" else (48,)
-                for width in widths if layout == "token" else (48,):
+                widths = (likely, *others) if effort == "full" and layout == "token" else (likely,)
+                for width in widths:
                     add(layout=layout, tile=tall, panel1=width, panel2=width, split=chosen)
     if effort == "quick" and layouts[:1] == ["token"]:
-        add(layout="token", tile=height, panel1=64, panel2=64, split=split)
+        wide = likely + 16 if dtype == torch.float32 else 2 * likely
+        add(layout="token", tile=height, panel1=wide, panel2=wide, split=split)
         for other in _splits(rows)[1:]:
-            add(layout="token", tile=height, split=other)
+            add(layout="token", tile=height, panel1=likely, panel2=likely, split=other)
     return list(found.values())
 
 
-def _layouts(form: Tile) -> list[str]:
+def _widths(dtype: torch.dtype, effort: str) -> tuple[int, ...]:
+    """Widths of panels, the likeliest first: three vectors of sums, or four AMX tiles and more."""
+    if dtype == torch.float32:
+        return (48, 32, 64) if effort == "full" else (48,)
+    return (64, 32, 128, 256) if effort == "full" else (64,)
+
+
+def _layouts(form: Tile, dtype: torch.dtype) -> list[str]:
     """Layouts that serve the form, the likelier one first: thin parts leave vectors empty."""
-    served = [name for name in ("token", "feature") if isinstance(analyse(form, name), Program)]
-    program = analyse(form, "feature")
-    if isinstance(program, Program) and program.second is not None:
-        thin = program.first.b // (program.second.a if program.permuted else 1)
-        if min(thin, program.second.b) < 16:
+    found = {name: analyse(form, name, dtype) for name in LAYOUTS}
+    served = [name for name, program in found.items() if isinstance(program, Program)]
+    program = found["feature"]
+    if isinstance(program, Program) and len(program.stages) > 1:
+        thin = min(
+            stage.block.b // parts_of(program, at) for at, stage in enumerate(program.stages)
+        )
+        if thin < PACK:
             served.reverse()
     return served
 

@@ -84,14 +84,14 @@ def _mkl(act: str, dtype: torch.dtype, rows: int, transposed: bool) -> ops.Kerne
     activate = ops.ACTIVATION[act]
     reference = _aten(act, transposed)
 
-    def pack(weight: Tensor) -> Tensor:
-        return pack_for(weight.contiguous(), rows)
+    def pack(weights: Sequence[Tensor]) -> Tensor:
+        return pack_for(weights[0].contiguous(), rows)
 
     def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         if x.shape[0] != rows or any(w.dtype != dtype for w in weights):
             return reference(x, weights)  # packed for one number of rows
         bias = weights[1] if len(weights) > 1 else None
-        packed = ops.derived(weights[0], f"mkl{rows}", pack)
+        packed = ops.derived(weights[:1], f"mkl{rows}", pack)
         return activate(linear(x, packed, weights[0], bias, rows))
 
     return run
@@ -118,8 +118,8 @@ def _onednn(act: str, dtype: torch.dtype, rows: int, transposed: bool) -> ops.Ke
     linear = torch.ops.mkldnn._linear_pointwise.default
     reorder = torch.ops.mkldnn._reorder_linear_weight.default
 
-    def pack(weight: Tensor) -> Tensor:
-        stored = weight.t() if transposed else weight
+    def pack(weights: Sequence[Tensor]) -> Tensor:
+        stored = weights[0].t() if transposed else weights[0]
         return reorder(stored.contiguous(), rows)
 
     tag = f"onednn{rows}{'t' if transposed else ''}"
@@ -129,7 +129,7 @@ def _onednn(act: str, dtype: torch.dtype, rows: int, transposed: bool) -> ops.Ke
         if any(w.dtype != dtype for w in weights):
             return reference(x, weights)
         bias = weights[1] if len(weights) > 1 else None
-        return linear(x, ops.derived(weights[0], tag, pack), bias, name, [], algorithm)
+        return linear(x, ops.derived(weights[:1], tag, pack), bias, name, [], algorithm)
 
     return run
 
@@ -151,9 +151,7 @@ def _onednn_missing(dtype: torch.dtype) -> str:
 def _tile(
     form: PackedDense, dtype: torch.dtype, config: Mapping[str, int | str], transposed: bool
 ) -> ops.Kernel | Refusal:
-    if dtype != torch.float32:
-        return Refusal("", "tile", "DTYPE", f"emitted kernels are float32, not {dtype}")
-    kernel = tile.make(tile_form(form, bias=True), config, transposed=transposed)
+    kernel = tile.make(tile_form(form, bias=True), config, dtype=dtype, transposed=transposed)
     if isinstance(kernel, Refusal):
         return kernel
     zeros: list[Tensor] = []

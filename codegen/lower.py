@@ -67,9 +67,7 @@ def make(
         return _reference(form)
     if name != "tile":
         return Refusal("", name, "KERNEL", f"no kernel for tile programs is called {kernel!r}")
-    if dtype != torch.float32:
-        return Refusal("", "tile", "DTYPE", f"emitted kernels are float32, not {dtype}")
-    return tile.make(form, config)
+    return tile.make(form, config, dtype=dtype)
 
 
 def _reference(form: Tile) -> ops.Kernel:

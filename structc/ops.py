@@ -97,30 +97,32 @@ def kernel_for(key: Hashable, rows: int) -> Kernel | None:
 _derived: Any = WeakTensorKeyDictionary()
 
 
-def derived(weight: Tensor, tag: str, make: Callable[[Tensor], Any]) -> Any:
-    """Data computed from a weight once (a packed layout), until the weight changes or dies.
+def derived(weights: Sequence[Tensor], tag: str, make: Callable[[Sequence[Tensor]], Any]) -> Any:
+    """Data computed from weights once (a packed layout), until one of them changes or dies.
 
     Writing through ``weight.data`` leaves no trace in PyTorch, and is not noticed.
 
     Never in a state dict: an in-place change raises the tensor's version, and the data are made
     again; a tensor without versions (made under ``inference_mode``) is never cached.
     """
-    if weight.is_inference():
-        return make(weight)
-    stamp = (weight._version, weight.data_ptr())
-    entry = _derived.get(weight)
-    if entry is None or entry[0] != stamp:
-        entry = (stamp, {})
-        _derived[weight] = entry
-    if tag not in entry[1]:
+    if any(w.is_inference() for w in weights):
+        return make(weights)
+    stamps = tuple((w._version, w.data_ptr()) for w in weights)
+    entry = _derived.get(weights[0])
+    if entry is None or entry[0] != stamps[0]:
+        entry = (stamps[0], {})
+        _derived[weights[0]] = entry
+    found = entry[1].get(tag)
+    if found is None or found[0] != stamps[1:]:
         with torch.no_grad():
-            entry[1][tag] = make(weight.detach())
-    return entry[1][tag]
+            found = (stamps[1:], make([w.detach() for w in weights]))
+        entry[1][tag] = found
+    return found[1]
 
 
 def derived_bytes() -> int:
     """Bytes that packed copies of weights take now."""
-    return sum(_bytes(value) for _, made in _derived.values() for value in made.values())
+    return sum(_bytes(v) for _, made in _derived.values() for _, v in made.values())
 
 
 def _bytes(value: object) -> int:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -546,19 +547,19 @@ def test_kernels_serve_the_rows_that_they_are_for() -> None:
 def test_packed_weights_follow_their_weight() -> None:
     w, made = torch.ones(3, 3), []
 
-    def pack(t: Tensor) -> Tensor:
-        made.append(float(t.sum()))
-        return t * 2
+    def pack(tensors: Sequence[Tensor]) -> Tensor:
+        made.append(float(tensors[0].sum()))
+        return tensors[0] * 2
 
-    first = ops.derived(w, "packed", pack)
-    assert ops.derived(w, "packed", pack) is first and made == [9.0]
+    first = ops.derived([w], "packed", pack)
+    assert ops.derived([w], "packed", pack) is first and made == [9.0]
     assert ops.derived_bytes() == 36
     w.add_(1)
-    assert float(ops.derived(w, "packed", pack)[0, 0]) == 4.0 and made == [9.0, 18.0]
-    ops.derived(w, "other", pack)
+    assert float(ops.derived([w], "packed", pack)[0, 0]) == 4.0 and made == [9.0, 18.0]
+    ops.derived([w], "other", pack)
     assert len(made) == 3 and ops.derived_bytes() == 72
     w.data = torch.zeros(3, 3)
-    assert float(ops.derived(w, "packed", pack).sum()) == 0.0
+    assert float(ops.derived([w], "packed", pack).sum()) == 0.0
     del w
     gc.collect()
     assert ops.derived_bytes() == 0
@@ -569,7 +570,7 @@ def test_packed_weights_of_inference_tensors_are_never_kept() -> None:
     with torch.inference_mode():
         w = torch.ones(2, 2)
     for _ in range(2):
-        ops.derived(w, "packed", lambda t: made.append(1))
+        ops.derived([w], "packed", lambda t: made.append(1))
     assert made == [1, 1]
 
 

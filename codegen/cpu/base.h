@@ -1,16 +1,9 @@
-// The micro-kernel C (M x N) = A (M x K) * B (K x N) [+ C], row-major, is oneDNN's JIT batch-reduce
-// GEMM as PyTorch exports it. It is declared here because the header that declares it takes twenty
-// seconds to compile; a self-test at load notices when it is not what we think it is.
-namespace at::native::cpublas {
-void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C,
-            const float* A, const float* B, float* C, bool is_vnni);
-}
-using at::native::cpublas::brgemm;
-
 // PyTorch's own thread pool, so that torch.set_num_threads holds and no second OpenMP is loaded.
 // Exceptions inside the loop come back as a nonzero result.
 extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
                                       void (*body)(int64_t, int64_t, void*), void* context);
+
+static inline void release();  // what a thread does when its share of the work is done
 
 template <class Body>
 static int32_t parallel(int64_t tasks, const Body& body) {
@@ -19,6 +12,7 @@ static int32_t parallel(int64_t tasks, const Body& body) {
       [](int64_t begin, int64_t end, void* context) {
         const Body& run = *static_cast<const Body*>(context);
         for (int64_t task = begin; task < end; ++task) run(task);
+        release();
       },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
@@ -26,26 +20,61 @@ static int32_t parallel(int64_t tasks, const Body& body) {
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Ask for floats that will be read soon, one cache line after the other.
-static inline void fetch(const float* from, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
+// Ask for bytes that will be read soon, one cache line after the other.
+static inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
 // Memory of one thread that outlives the call: a fresh allocation would fault in its pages each time.
 struct Scratch {
-  float* data = nullptr;
+  void* data = nullptr;
   int64_t size = 0;
-  float* get(int64_t floats) {
-    if (floats > size) {
+  template <class Value>
+  Value* get(int64_t values) {
+    const int64_t bytes = values * static_cast<int64_t>(sizeof(Value));
+    if (bytes > size) {
       std::free(data);
-      size = ceil_div(floats, 16) * 16;
-      data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+      size = ceil_div(bytes, 64) * 64;
+      data = std::aligned_alloc(64, size);
       if (!data) {
         size = 0;
         throw std::bad_alloc();
       }
     }
-    return data;
+    return static_cast<Value*>(data);
   }
   ~Scratch() { std::free(data); }
+};
+
+// One block factor I_a (x) 1_{b x c} (x) I_d. `parts`: into how many equal pieces each block's output
+// is cut, one for each group of a next factor that reads through a shuffle; `group` is that factor's c;
+// `shuffle` says whether a shuffle stands behind this one.
+struct Stage {
+  int64_t a, b, c, d, panel, parts, shuffle, group;
+  const void* w;
+  const float* bias;
+  int64_t in() const { return a * c * d; }
+  int64_t out() const { return a * b * d; }
+};
+
+// What a call hands over: sizes are tile, split, then a, b, c, d, panel, parts, shuffle of each stage;
+// weights are the packed factor and the bias (or null) of each stage.
+template <int N>
+struct Chain {
+  int64_t tile, split;
+  Stage stage[N];
+  Chain(const int64_t* sizes, const void* const* weights) : tile(sizes[0]), split(sizes[1]) {
+    for (int i = 0; i < N; ++i) {
+      const int64_t* s = sizes + 2 + 7 * i;
+      stage[i] = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], 0, weights[2 * i],
+                  static_cast<const float*>(weights[2 * i + 1])};
+      if (i) stage[i - 1].group = s[2];
+    }
+  }
+  // Features between the factors: the widest of those that share a buffer.
+  int64_t room(int parity) const {
+    int64_t most = 0;
+    for (int i = parity; i + 1 < N; i += 2) most = stage[i].out() > most ? stage[i].out() : most;
+    return most;
+  }
 };

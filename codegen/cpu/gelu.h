@@ -1,7 +1,7 @@
 // Exact GELU: x * Phi(x) = max(x, 0) - a * Q(a) with a = |x| and Q(a) = erfc(a / sqrt 2) / 2. Q is a
 // polynomial in t = 2 a / 5.5 - 1 on [0, 5.5]: no division, no exponential. Error below 2e-7
 // absolute and 3e-7 relative near 0; beyond 5.5 the correction is at most 1e-7. NaN stays NaN.
-static inline float activate(float x) {
+static inline float gelu(float x) {
   const float size = std::fabs(x), a = size > 5.5f ? 5.5f : size;
   const float t = a * (2.0f / 5.5f) - 1.0f;
   float q = -1.369615648e-03f;

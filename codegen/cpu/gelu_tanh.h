@@ -1,7 +1,7 @@
 // GELU by tanh: x * (1 + tanh z) / 2 = max(x, 0) - a * Q(a) with a = |x|, Q(a) = 1 / (1 + exp 2z) and
 // z = sqrt(2 / pi) (a + 0.044715 a^3). Q is a polynomial in t = 2 a / 5.2 - 1 on [0, 5.2]. Error
 // below 2e-7 absolute and 3e-7 relative near 0. NaN stays NaN.
-static inline float activate(float x) {
+static inline float gelu_tanh(float x) {
   const float size = std::fabs(x), a = size > 5.2f ? 5.2f : size;
   const float t = a * (2.0f / 5.2f) - 1.0f;
   float q = -1.466390071e-03f;

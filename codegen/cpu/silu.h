@@ -1,6 +1,6 @@
 // x / (1 + exp(-x)) with exp(v) = 2^n p(r), two roundings at most. x is bounded below where exp would
 // leave the normal numbers (the result is 0 there) and v likewise; NaN stays NaN.
-static inline float activate(float x) {
+static inline float silu(float x) {
   const float above = -87.0f > x ? -87.0f : x;
   const float v = -87.0f > -above ? -87.0f : -above;
   const float n = std::rint(v * 1.44269504f);

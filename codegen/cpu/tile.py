@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +12,15 @@ from torch import Tensor
 
 from structc import ops
 from structc.codegen.cpu import build
-from structc.codegen.cpu.emit import Program, Spec, analyse, emit
-from structc.forms import Act, Bias, Block, Permute, Tile
+from structc.codegen.cpu.emit import Spec, emit, spec_of
+from structc.codegen.cpu.pack import PACK, Prepared, bias_copy, parts_of, prepared
+from structc.codegen.cpu.program import Program, analyse
+from structc.forms import Act, Bias, Block, Permute, Step, Tile
 from structc.numerics import relative_error
 from structc.records import Refusal
 
-PACK = 16
-"""Panels are multiples of this many columns."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Relative error of a self-test that is still rounding."""
 CONFIG_RANGES: dict[str, tuple[int, int]] = {
     "tile": (1, 4096),
     "panel1": (PACK, 4096),
@@ -39,57 +39,28 @@ DEFAULT: dict[str, int | str] = {
 # Called through ctypes with pointers: as fast a call as an operator of the stable C++ interface
 # (both near 2 us with the allocation of y), while the library needs no PyTorch header and builds
 # in a third of the time.
-_ARGUMENTS: list[Any] = [ctypes.c_void_p] * 5 + [ctypes.c_int64, ctypes.c_void_p]
-
-
-class Prepared:
-    """Packed copies of the weights at one place of a program, one for each layer that runs it.
-
-    :func:`structc.ops.derived` owns the copies; this remembers where they are, because asking it
-    costs a microsecond a weight, as much as a small product.
-    """
-
-    def __init__(self, tag: str, pack: Callable[[Tensor], Tensor]) -> None:
-        self.tag, self.pack = tag, pack
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor, int]] = {}
-
-    def address(self, weight: Tensor) -> tuple[int, Tensor]:
-        """Where the copy of a weight lies, and the copy, which the caller keeps alive."""
-        if weight.is_inference():  # has no version: packed for this call alone
-            packed = self.pack(weight)
-            return packed.data_ptr(), packed
-        known = self._known.get(id(weight))
-        if (
-            known is not None
-            and known[0]() is weight
-            and known[1] == weight._version
-            and known[2] == weight.data_ptr()
-        ):
-            return known[4], known[3]
-        packed = ops.derived(weight, self.tag, self.pack)
-        name, table = id(weight), self._known
-        gone = weakref.ref(weight, lambda _: table.pop(name, None))
-        table[name] = (gone, weight._version, weight.data_ptr(), packed, packed.data_ptr())
-        return packed.data_ptr(), packed
+_ARGUMENTS: list[Any] = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_void_p]
 
 
 @dataclass(frozen=True, eq=False)
 class TileKernel:
-    """``(x (rows, in_features), weights) -> (rows, out_features)``, float32.
+    """``(x (rows, in_features), weights) -> (rows, out_features)``.
 
     Weights are those of the program in its order.
     """
 
     label: str
     form: Tile
+    dtype: torch.dtype
     program: Program
     function: Callable[..., int]
     sizes: ctypes.Array[ctypes.c_int64]
-    prepared: tuple[Prepared, ...]
+    places: tuple[tuple[int, Prepared, tuple[int, ...]], ...]
+    """Where each packed copy goes among the pointers, how it is made, and of which weights."""
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for w in weights:
-            if w.dtype != torch.float32 or w.device.type != "cpu":
+            if w.dtype != self.dtype or w.device.type != "cpu":
                 return ops.tile_reference(x, weights, str(self.form))
         y = x.new_empty((x.shape[0], self.program.out_features))
         self.into(x, weights, y)
@@ -97,38 +68,42 @@ class TileKernel:
 
     def into(self, x: Tensor, weights: Sequence[Tensor], y: Tensor) -> None:
         """Write the product to ``y``, contiguous; all of it is written."""
-        ready = [p.address(w) for p, w in zip(self.prepared, weights, strict=True)]
-        at = [address for address, _ in ready]
-        bias = at.pop() if self.program.bias else 0
-        second = at[1] if len(at) == 2 else 0
-        failed = self.function(
-            x.data_ptr(), at[0], second, bias, y.data_ptr(), x.shape[0], self.sizes
-        )
+        pointers = (ctypes.c_void_p * (2 * len(self.program.stages)))()
+        alive = []  # a copy that was made for this call alone
+        for at, copy, sources in self.places:
+            pointers[at], packed = copy.address([weights[i] for i in sources])
+            alive.append(packed)
+        failed = self.function(x.data_ptr(), pointers, y.data_ptr(), x.shape[0], self.sizes)
         if failed:
             raise RuntimeError(f"emitted kernel {self.label} for {self.form} failed ({failed})")
 
 
 def make(
-    form: Tile, config: Mapping[str, int | str], *, transposed: bool = False
+    form: Tile,
+    config: Mapping[str, int | str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    transposed: bool = False,
 ) -> TileKernel | Refusal:
     """Build, or find built, the kernel of a program with a config.
 
     Args:
         form: the program.
         config: fields of :data:`DEFAULT`; what is left out is taken from there.
+        dtype: of inputs, weights and outputs; sums are float32.
         transposed: whether the weight of a one-block program is stored (in, out).
     """
     full = complete(config)
     if isinstance(full, Refusal):
         return full
     layout = str(full["layout"])
-    program = analyse(form, layout)
+    program = analyse(form, layout, dtype)
     if isinstance(program, Refusal):
         return program
-    library = _checked(program.spec(layout))
-    return (
-        library if isinstance(library, Refusal) else _bind(form, program, full, library, transposed)
-    )
+    library = _checked(spec_of(program, layout, dtype))
+    if isinstance(library, Refusal):
+        return library
+    return _bind(form, program, full, library, dtype, transposed)
 
 
 def complete(config: Mapping[str, int | str]) -> dict[str, int | str] | Refusal:
@@ -151,83 +126,42 @@ def _bind(
     program: Program,
     config: Mapping[str, int | str],
     function: Callable[..., int],
+    dtype: torch.dtype,
     transposed: bool = False,
 ) -> TileKernel:
-    first, second = program.first, program.second
-    last = second or Block(1, 1, 1, 1)
-    knobs = [int(config[k]) for k in ("tile", "panel1", "panel2", "split")]
-    numbers = [first.a, first.b, first.c, last.a, last.b, last.c, *knobs]
-    label = f"tile[{config['layout']},{config['tile']}]"
-    prepared = _packs(program, config, transposed)
+    stages, layout = program.stages, str(config["layout"])
+    widths = [int(config["panel1"])] * (len(stages) - 1) + [int(config["panel2"])]
+    numbers = [int(config["tile"]), int(config["split"])]
+    for at, stage in enumerate(stages):
+        b = stage.block
+        behind = at + 1 < len(stages) and stages[at + 1].shuffled
+        numbers += [b.a, b.b, b.c, b.d, widths[at], parts_of(program, at), int(behind)]
+    label = f"tile[{layout},{config['tile']}]"
     sizes = (ctypes.c_int64 * len(numbers))(*numbers)
-    return TileKernel(label, form, program, function, sizes, prepared)
+    places = _places(form, program, layout, dtype, widths, transposed)
+    return TileKernel(label, form, dtype, program, function, sizes, places)
 
 
-def _packs(
-    program: Program, config: Mapping[str, int | str], transposed: bool
-) -> tuple[Prepared, ...]:
-    """How each weight of a program is prepared, once."""
-    first, second = program.first, program.second
-    if config["layout"] == "feature":
-        made = [_stored((b.a, b.b, b.c), transposed) for b in (first, second) if b is not None]
-    elif second is None:
-        made = [_panels((first.a, first.b, first.c), int(config["panel2"]), transposed=transposed)]
-    else:
-        parts, order = (second.a, first.a) if program.permuted else (1, 1)
-        made = [
-            _panels((first.a, first.b, first.c), int(config["panel1"]), parts=parts),
-            _panels((second.a, second.b, second.c), int(config["panel2"]), order=order),
-        ]
-    if program.bias:
-        made.append(_stored((program.out_features,)))
-    return tuple(made)
-
-
-def _stored(shape: tuple[int, ...], transposed: bool = False) -> Prepared:
-    def keep(weight: Tensor) -> Tensor:
-        return (weight.t() if transposed else weight).reshape(shape).contiguous()
-
-    return Prepared(f"stored{shape}{transposed}", keep)
-
-
-def _panels(
-    shape: tuple[int, int, int],
-    width: int,
-    *,
-    parts: int = 1,
-    order: int = 1,
-    transposed: bool = False,
-) -> Prepared:
-    """Pack (a, b, c): blocks cut into ``parts``, columns of panels contiguous, (c, panel) each.
-
-    ``order`` > 1 brings the inputs of the second factor, stored (rho, kappa), to (kappa, rho).
-    """
-
-    def pack(weight: Tensor) -> Tensor:
-        a, b, c = shape
-        w = (weight.t() if transposed else weight).reshape(a, b, c)
-        if order > 1:
-            w = w.unflatten(2, (c // order, order)).transpose(2, 3).flatten(2)
-        w = w.reshape(a * parts, b // parts, c).transpose(1, 2)
-        edges = panel_edges(b // parts, width)
-        padded = w.new_zeros(a * parts, c, edges[-1])
-        padded[:, :, : b // parts] = w
-        cut = [padded[:, :, i:j].flatten(1) for i, j in itertools.pairwise(edges)]
-        return torch.cat(cut, dim=1).contiguous()
-
-    return Prepared(f"panels{shape}{width},{parts},{order},{transposed}", pack)
-
-
-def panel_edges(columns: int, width: int) -> list[int]:
-    """Where panels start, and the padded end; the rule of ``panels.h``.
-
-    >>> panel_edges(153, 64)
-    [0, 64, 112, 160]
-    """
-    units = -(-columns // PACK)
-    count = -(-units // (width // PACK))
-    base, extra = divmod(units, count)
-    return [PACK * (p * base + min(p, extra)) for p in range(count + 1)]
+def _places(
+    form: Tile,
+    program: Program,
+    layout: str,
+    dtype: torch.dtype,
+    widths: Sequence[int],
+    transposed: bool,
+) -> tuple[tuple[int, Prepared, tuple[int, ...]], ...]:
+    with_weights = [step for step in form.steps if step.weights]
+    of_block = [i for i, step in enumerate(with_weights) if isinstance(step, Block)]
+    of_bias = iter([i for i, step in enumerate(with_weights) if isinstance(step, Bias)])
+    blocks = [step for step in with_weights if isinstance(step, Block)]
+    copies = prepared(program, blocks, layout, dtype, widths, transposed=transposed)
+    places = []
+    for at, (stage, (copy, sources)) in enumerate(zip(program.stages, copies, strict=True)):
+        places.append((2 * at, copy, tuple(of_block[i] for i in sources)))
+        if stage.bias:
+            width = stage.block.out_features
+            places.append((2 * at + 1, bias_copy(width), (next(of_bias),)))
+    return tuple(places)
 
 
 # ---------------------------------------------------------------------------- self-test
@@ -249,42 +183,59 @@ def _checked(spec: Spec) -> Callable[..., int] | Refusal:
 
 
 def _self_test(spec: Spec, function: Callable[..., int]) -> Refusal | None:
-    form = sample_form(spec)
-    program = analyse(form, spec.layout)
-    assert isinstance(program, Program)
-    kernel = _bind(form, program, {**DEFAULT, "layout": spec.layout, "tile": 32}, function)
-    x, weights = sample(form, rows=37)
-    y = x.new_full((37, form.out_features), float("nan"))
-    try:
-        kernel.into(x, weights, y)
-    except RuntimeError as e:
-        return Refusal("", "tile", "SELF_TEST", f"{spec.name}: {e}")
-    error = relative_error(
-        y, ops.tile_reference(x.double(), [w.double() for w in weights], str(form))
-    )
-    if error > 1e-5:
-        return Refusal(
-            "", "tile", "SELF_TEST", f"{spec.name}: error {error:.1e} against the reference"
-        )
+    config = {**DEFAULT, "layout": spec.layout, "tile": 32}
+    for form in {sample_form(spec), sample_form(spec, shuffles=True)}:
+        program = analyse(form, spec.layout, spec.dtype)
+        assert isinstance(program, Program) and spec_of(program, spec.layout, spec.dtype) == spec
+        kernel = _bind(form, program, config, function, spec.dtype)
+        x, weights = sample(form, rows=37, dtype=spec.dtype)
+        y = x.new_full((37, form.out_features), float("nan"))
+        try:
+            kernel.into(x, weights, y)
+        except RuntimeError as e:
+            return Refusal("", "tile", "SELF_TEST", f"{spec.name}: {e}")
+        wide = [w.double() for w in weights]
+        error = relative_error(y, ops.tile_reference(x.double(), wide, str(form)))
+        if not error <= TOLERANCE[spec.dtype]:
+            reason = f"{spec.name}: error {error:.1e} against the reference"
+            return Refusal("", "tile", "SELF_TEST", reason)
     return None
 
 
-def sample_form(spec: Spec) -> Tile:
-    """Small odd sizes: every edge of the kernel is exercised."""
-    if spec.factors == 1:
-        steps: tuple[Block | Permute | Bias | Act, ...] = (Block(3, 21, 13, 1),)
-    elif spec.permuted:
-        steps = (Block(3, 10, 7, 1), Permute(3, 10), Block(2, 19, 15, 1))
-    else:
-        steps = (Block(3, 10, 7, 1), Block(2, 19, 15, 1))
-    n = steps[-1].out_features
-    tail: tuple[Bias | Act, ...] = (Bias(n),) if spec.bias else ()
-    if spec.act:
-        tail = (*tail, Act(spec.act, n))
-    return Tile((*steps, *tail))
+WIDTH = 420
+"""Features between the factors of samples: 3 x 140, 2 x 210, 70 x 6 and 84 x 5 of them."""
 
 
-def sample(form: Tile, rows: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+def sample_form(spec: Spec, *, shuffles: bool = False) -> Tile:
+    """Odd sizes that no two factors of can be merged: every edge of the kernel is exercised.
+
+    Args:
+        spec: of the library.
+        shuffles: whether shuffles stand where they can.
+    """
+    steps: list[Step] = []
+    for at, word in enumerate(spec.stages):
+        kind, *tail = word.split("+")
+        first, last = at == 0, at == len(spec.stages) - 1
+        before = steps[-1] if steps else None
+        if kind == "strided":
+            d = 70 if at % 2 == 0 else 84
+            block = Block(1, 3 if last else WIDTH // d, 3 if first else WIDTH // d, d)
+        else:
+            a = 3 if at % 2 == 0 else 2
+            thin = 14 if spec.dtype == torch.bfloat16 else 13
+            block = Block(a, 19 if last else WIDTH // a, thin if first else WIDTH // a, 1)
+            if shuffles and isinstance(before, Block) and before.d == 1:
+                steps.append(Permute(before.a, before.b))
+        steps.append(block)
+        steps += [Bias(block.out_features)] if "bias" in tail else []
+        steps += [Act(t, block.out_features) for t in tail if t != "bias"]
+    return Tile(tuple(steps))
+
+
+def sample(
+    form: Tile, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor]]:
     """Seeded input and weights of a program, scaled so that activations see both of their ends."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -299,4 +250,4 @@ def sample(form: Tile, rows: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
             weights.append(w * (1.5 / step.c**0.5))
         elif isinstance(step, Bias):
             weights.append(noise(step.n))
-    return x, weights
+    return x.to(dtype), [w.to(dtype) for w in weights]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from structc.codegen.cpu.emit import Spec, emit
 
+F32, BF16 = torch.float32, torch.bfloat16
 SPECS = [
-    Spec(1, False, True, "gelu", "token"),
-    Spec(2, False, False, "", "token"),
-    Spec(2, True, True, "silu", "token"),
-    Spec(1, False, False, "relu", "feature"),
-    Spec(2, True, True, "gelu_tanh", "feature"),
+    Spec("token", F32, ("panel+bias+gelu",)),
+    Spec("token", F32, ("panel", "panel")),
+    Spec("token", F32, ("panel+silu", "strided", "panel+bias+silu")),
+    Spec("token", BF16, ("panel", "panel+bias")),
+    Spec("feature", F32, ("rows+relu",)),
+    Spec("feature", F32, ("rows", "rows+bias+gelu_tanh")),
 ]
 
 
