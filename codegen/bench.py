@@ -22,7 +22,7 @@ from structc.codegen import dense, faults, lower
 from structc.codegen.cpu import tile
 from structc.codegen.cpu.emit import spec_of
 from structc.codegen.cpu.program import Program, analyse
-from structc.forms import Form, PackedDense, parse_form
+from structc.forms import Form, PackedDense, Tile, parse_form
 from structc.numerics import relative_error
 from structc.records import Refusal, Timed
 
@@ -66,9 +66,14 @@ class Problem:
 
     form: Form
     run: ops.Kernel
-    inputs: tuple[Tensor, Tensor]
+    inputs: tuple[list[Tensor], list[Tensor]]
     weights: list[Tensor]
-    reference: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    reference: Callable[..., Tensor]
+
+    def call(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The kernel's output."""
+        x, *others = inputs
+        return self.run(x, self.weights, others) if others else self.run(x, self.weights)
 
 
 class Bench:
@@ -94,7 +99,7 @@ class Bench:
             return failed, 0.0
         with torch.inference_mode():
             start = time.perf_counter()
-            problem.run(problem.inputs[1], problem.weights)
+            problem.call(problem.inputs[1])
         return None, (time.perf_counter() - start) * 1e3
 
     def time(
@@ -130,8 +135,10 @@ class Bench:
             if isinstance(run, Refusal):
                 return run
             # Candidates of one form share their data, and so do all inputs of one shape.
-            n = form.in_features
-            inputs = self._cached(("x", n, job.rows, dtype), lambda: _inputs(n, job.rows, dtype))
+            wide = form.input_features if isinstance(form, Tile) else (form.in_features,)
+            inputs = self._cached(
+                ("x", wide, job.rows, dtype), lambda: _inputs(wide, job.rows, dtype)
+            )
             weights = self._cached(
                 (job.form, job.bias, job.transposed, dtype), lambda: _weights(form, job, dtype)
             )
@@ -146,11 +153,10 @@ class Bench:
 
 def _call(problem: Problem, index: int, mark: Callable[[int], None]) -> Callable[[], object]:
     turns = itertools.cycle(problem.inputs)
-    run, weights = problem.run, problem.weights
 
     def call() -> object:
         mark(index)
-        return run(next(turns), weights)
+        return problem.call(next(turns))
 
     return call
 
@@ -161,11 +167,16 @@ def _kernel(form: Form, dtype: torch.dtype, job: Job) -> ops.Kernel | Refusal:
     return lower.make(form, dtype, job.rows, job.kernel, job.config, transposed=job.transposed)
 
 
-def _inputs(n: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _inputs(
+    features: Sequence[int], rows: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    both = torch.randn(2, rows, n, generator=generator, dtype=torch.float32, device="cpu")
-    first, second = both.to(dtype).unbind()
-    return first, second
+
+    def noise(n: int) -> Tensor:
+        wide = torch.randn(rows, n, generator=generator, dtype=torch.float32, device="cpu")
+        return wide.to(dtype)
+
+    return [noise(n) for n in features], [noise(n) for n in features]
 
 
 def _weights(form: Form, job: Job, dtype: torch.dtype) -> list[Tensor]:
@@ -177,13 +188,13 @@ def _weights(form: Form, job: Job, dtype: torch.dtype) -> list[Tensor]:
     return [w.to(dtype) for w in weights]
 
 
-def _reference(form: Form, job: Job) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+def _reference(form: Form, job: Job) -> Callable[..., Tensor]:
     if isinstance(form, PackedDense):
         kernel = dense.make(form, torch.float64, job.rows, "aten", {}, transposed=job.transposed)
         assert not isinstance(kernel, Refusal)
         return kernel
     text = str(form)
-    return lambda x, weights: ops.tile_reference(x, weights, text)
+    return lambda x, weights, *others: ops.tile_reference(x, weights, text, *others)
 
 
 # ---------------------------------------------------------------------------- checks
@@ -205,10 +216,8 @@ def _check_odd(job: Job, tolerance: float) -> Refusal | None:
     if isinstance(kernel, Refusal):
         return kernel
     for rows in (1, 37):
-        x, weights = tile.sample(odd, rows, dtype=dtype)
-        problem = Problem(
-            odd, kernel, (x, x), weights, lambda a, w: ops.tile_reference(a, w, str(odd))
-        )
+        inputs, weights = tile.sample(odd, rows, dtype=dtype)
+        problem = Problem(odd, kernel, (inputs, inputs), weights, _reference(odd, job))
         failed = _compare(problem, job, tolerance, f"odd sizes, {rows} rows")
         if failed is not None:
             return failed
@@ -216,13 +225,13 @@ def _check_odd(job: Job, tolerance: float) -> Refusal | None:
 
 
 def _compare(problem: Problem, job: Job, tolerance: float, what: str) -> Refusal | None:
-    x = problem.inputs[0]
-    before = x.clone()
+    inputs = problem.inputs[0]
+    x, before = inputs[0], [i.clone() for i in inputs]
     with torch.inference_mode():
-        y, intact = _guarded(problem, x)
+        y, intact = _guarded(problem, inputs)
     if not intact:
         return _refuse(job, "OUT_OF_BOUNDS", f"wrote outside its output ({what})")
-    if not torch.equal(x, before):
+    if not all(map(torch.equal, inputs, before)):
         return _refuse(job, "INPUT_CHANGED", f"changed its input ({what})")
     if y.shape != (x.shape[0], problem.form.out_features) or y.dtype != x.dtype:
         return _refuse(job, "SHAPE", f"gave {tuple(y.shape)} {y.dtype} ({what})")
@@ -232,21 +241,24 @@ def _compare(problem: Problem, job: Job, tolerance: float, what: str) -> Refusal
     # Rows do not depend on each other: the ends and the middle stand for all.
     for start in {0, max(0, x.shape[0] // 2 - _SLICE), max(0, x.shape[0] - _SLICE)}:
         rows = slice(start, start + _SLICE)
-        error = relative_error(y[rows], problem.reference(x[rows].double(), wide))
+        first, *others = [i[rows].double() for i in inputs]
+        more = [others] if others else []
+        error = relative_error(y[rows], problem.reference(first, wide, *more))
         if not error <= tolerance or math.isnan(error):
             return _refuse(job, "WRONG", f"relative error {error:.1e} > {tolerance:.0e} ({what})")
     return None
 
 
-def _guarded(problem: Problem, x: Tensor) -> tuple[Tensor, bool]:
+def _guarded(problem: Problem, inputs: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """The output, and whether the guard bands around it kept their value."""
     into = getattr(problem.run, "into", None)
+    x, *others = inputs
     if into is None:
-        return problem.run(x, problem.weights), True
+        return problem.call(inputs), True
     size = x.shape[0] * problem.form.out_features
     memory = x.new_full((size + 2 * GUARD,), _SENTINEL)
     y = memory[GUARD : GUARD + size].fill_(float("nan")).view(x.shape[0], -1)
-    into(x, problem.weights, y)
+    into(x, problem.weights, y, *([others] if others else []))
     bands = torch.cat([memory[:GUARD], memory[GUARD + size :]])
     return y, bool((bands == x.new_tensor(_SENTINEL)).all())
 

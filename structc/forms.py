@@ -98,8 +98,57 @@ class Act:
     out_features = in_features
 
 
-Step = Block | Permute | Bias | Act
-_STEPS: dict[str, type[Step]] = {s.word: s for s in (Block, Permute, Bias, Act)}
+@dataclass(frozen=True)
+class Add:
+    """y = x + z, with z (..., n) input ``index`` of the program; 0 is what it starts from.
+
+    A residual connection.
+    """
+
+    n: int
+    index: int
+    word: ClassVar[str] = "add"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Normalisation over the n features of a token.
+
+    Math:    layer: y = (x - mean x) / sqrt(var x + eps) * w1 + w2;  rms: y = x / sqrt(mean x^2 +
+             eps) * w1.
+    Shapes:  x (..., n);  w1, w2 (n,).
+    Source:  Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    ``eps`` is text, so that a program is equal to the one that it was read from.
+    """
+
+    n: int
+    kind: str
+    eps: str
+    word: ClassVar[str] = "norm"
+
+    @property
+    def weights(self) -> int:
+        """Weight and bias, or a weight alone."""
+        return 2 if self.kind == "layer" else 1
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+NORMS = ("layer", "rms")
+Step = Block | Permute | Bias | Act | Add | Norm
+_STEPS: dict[str, type[Step]] = {s.word: s for s in (Block, Permute, Bias, Act, Add, Norm)}
 _TEXT = re.compile(r"(\w+)\(([^()]*)\)")
 
 
@@ -121,6 +170,10 @@ class Tile:
         for s in self.steps:
             if isinstance(s, Act) and s.fn not in ACTIVATIONS:
                 raise InternalError(f"tile program: activation {s.fn!r} is none of {ACTIVATIONS}")
+            if isinstance(s, Norm) and (s.kind not in NORMS or not _is_number(s.eps)):
+                raise InternalError(f"tile program: {_step_text(s)} is no normalisation")
+            if isinstance(s, Add) and s.index == 0 and s.n != self.steps[0].in_features:
+                raise InternalError(f"tile program {self}: its input has other features")
         for before, after in zip(self.steps, self.steps[1:], strict=False):
             if before.out_features != after.in_features:
                 raise InternalError(
@@ -140,6 +193,13 @@ class Tile:
     def weights(self) -> int:
         """How many weight tensors the program takes."""
         return sum(s.weights for s in self.steps)
+
+    @property
+    def input_features(self) -> tuple[int, ...]:
+        """Features of each input that the program takes; one that it never adds has none."""
+        found = {s.index: s.n for s in self.steps if isinstance(s, Add)}
+        found[0] = self.in_features
+        return tuple(found.get(i, 0) for i in range(max(found) + 1))
 
     @property
     def flops(self) -> int:
@@ -228,3 +288,10 @@ def parse_form(text: str) -> Form:
 def _step_text(step: Step) -> str:
     values = ",".join(str(getattr(step, f.name)) for f in fields(step))
     return f"{step.word}({values})"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) >= 0
+    except ValueError:
+        return False

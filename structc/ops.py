@@ -3,7 +3,7 @@
 Two operators execute everything token-local:
 
 ``structc::tile(Tensor[] inputs, Tensor[] weights, str program) -> Tensor[]``
-    a tile program (:class:`structc.forms.Tile`) over one input;
+    a tile program (:class:`structc.forms.Tile`) over its input, and what it adds on the way;
 ``structc::dense(Tensor x, Tensor weight, Tensor? bias, str act, bool transposed) -> Tensor``
     a dense product with its epilogue.
 
@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from structc.forms import Act, Bias, Block, Permute, Tile
+from structc.forms import Act, Add, Bias, Block, Norm, Permute, Tile
 
-Kernel = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""``(x (rows, in_features), weights) -> (rows, out_features)``; dense: weights [weight, bias]."""
+Kernel = Callable[..., Tensor]
+"""``(x (rows, in_features), weights) -> (rows, out_features)``; dense: weights [weight, bias].
+
+A program that adds further inputs takes them as a third argument, each (rows, n)."""
 
 _LIB = torch.library.Library("structc", "DEF")
 _LIB.define("tile(Tensor[] inputs, Tensor[] weights, str program) -> Tensor[]")
@@ -142,15 +144,17 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def tile_reference(x: Tensor, weights: Sequence[Tensor], program: str) -> Tensor:
-    """Interpret a tile program step by step in plain ATen.
+def tile_reference(
+    x: Tensor, weights: Sequence[Tensor], program: str, others: Sequence[Tensor] = ()
+) -> Tensor:
+    """Interpret a tile program step by step in plain ATen; ``others`` are inputs 1, 2, ...
 
     >>> x, u, v = torch.randn(5, 6), torch.randn(1, 2, 6, 1), torch.randn(1, 4, 2, 1)
     >>> y = tile_reference(x, [u, v], "block(1,2,6,1) block(1,4,2,1)")
     >>> torch.allclose(y, x @ (v[0, ..., 0] @ u[0, ..., 0]).T, atol=1e-5)
     True
     """
-    left = iter(weights)
+    left, inputs = iter(weights), [x, *others]
     for step in Tile.parse(program).steps:
         match step:
             case Block(a, b, c, d):
@@ -161,6 +165,12 @@ def tile_reference(x: Tensor, weights: Sequence[Tensor], program: str) -> Tensor
                 x = x + next(left)
             case Act(fn, _):
                 x = ACTIVATION[fn](x)
+            case Add(_, index):
+                x = x + inputs[index]
+            case Norm(n, "layer", eps):
+                x = F.layer_norm(x, (n,), next(left), next(left), float(eps))
+            case Norm(n, "rms", eps):
+                x = F.rms_norm(x, (n,), next(left), float(eps))
     return x
 
 
@@ -185,14 +195,19 @@ def dense_reference(
 def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
     global _calls
     _calls += 1
-    (x,) = inputs
+    x, *others = inputs
     key = ("tile", x.device.type, program, x.dtype)
     shape = x.shape
     rows = x.numel() // shape[-1] if shape[-1] else 0
     kernel = kernel_for(key, rows)
     if kernel is None or rows == 0:
-        return [_fresh(tile_reference(x, weights, program), x)]
-    y = kernel(x.reshape(rows, shape[-1]).contiguous(), weights)
+        return [_fresh(tile_reference(x, weights, program, others), x)]
+    flat = x.reshape(rows, shape[-1]).contiguous()
+    if others:
+        wide = [o.expand(*shape[:-1], o.shape[-1]).reshape(rows, -1).contiguous() for o in others]
+        y = kernel(flat, weights, wide)
+    else:
+        y = kernel(flat, weights)
     return [y.view(*shape[:-1], y.shape[-1])]
 
 
@@ -218,8 +233,11 @@ def _fresh(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _tile_fake(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
-    (x,) = inputs
-    form = Tile.parse(program)
+    x, form = inputs[0], Tile.parse(program)
+    torch._check(
+        len(inputs) == len(form.input_features),
+        lambda: f"structc::tile takes {len(form.input_features)} inputs, got {len(inputs)}",
+    )
     torch._check(
         x.shape[-1] == form.in_features,
         lambda: f"structc::tile takes {form.in_features} features, got {tuple(x.shape)}",
@@ -251,16 +269,18 @@ torch.library.register_fake("structc::dense", _dense_fake, lib=_LIB)
 
 
 def _tile_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    (x,), weights, ctx.program = inputs
-    ctx.save_for_backward(x, *weights)
+    streams, weights, ctx.program = inputs
+    ctx.streams = len(streams)
+    ctx.save_for_backward(*streams, *weights)
 
 
 def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    x, *weights = _leaves(ctx.saved_tensors)
+    leaves = _leaves(ctx.saved_tensors)
+    (x, *others), weights = leaves[: ctx.streams], leaves[ctx.streams :]
     with torch.enable_grad():
-        y = tile_reference(x, weights, ctx.program)
-    gx, *gw = torch.autograd.grad(y, [x, *weights], grads[0])
-    return [gx], gw, None
+        y = tile_reference(x, weights, ctx.program, others)
+    found = torch.autograd.grad(y, leaves, grads[0])
+    return list(found[: ctx.streams]), list(found[ctx.streams :]), None
 
 
 def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -11,6 +11,7 @@ A library is generic in all sizes; what it is specialised to is a :class:`Spec`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from importlib import resources
 
@@ -28,22 +29,27 @@ class Spec:
         layout: ``"token"`` or ``"feature"``.
         dtype: of inputs, weights and outputs.
         stages: for each factor its kind and tail: ``"panel"``, ``"strided+bias+gelu"``.
+        rows: for each factor what is done to whole rows: ``""``, ``"add+layer"``.
     """
 
     layout: str
     dtype: torch.dtype
     stages: tuple[str, ...]
+    rows: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """File name of the emitted source: ``token_f32_panel_panel-bias-gelu``."""
-        words = (word.replace("+", "-") for word in self.stages)
+        both = itertools.zip_longest(self.stages, self.rows, fillvalue="")
+        words = ("+".join(filter(None, pair)).replace("+", "-") for pair in both)
         return "_".join([self.layout, DTYPES[self.dtype], *words])
 
 
 def spec_of(program: Program, layout: str, dtype: torch.dtype) -> Spec:
     """The library that runs a program."""
-    return Spec(layout, dtype, tuple(_word(layout, s.block.d, s.tail) for s in program.stages))
+    words = tuple(_word(layout, s.block.d, s.tail) for s in program.stages)
+    rows = tuple(s.rows_tail for s in program.stages)
+    return Spec(layout, dtype, words, rows if any(rows) else ())
 
 
 def _word(layout: str, d: int, tail: str) -> str:
@@ -95,18 +101,30 @@ def _entry(spec: Spec, tails: list[str]) -> str:
     if spec.layout == "token":
         kinds = (word.split("+")[0] for word in spec.stages)
         steps = ", ".join(f"{k}<{t}>" for k, t in zip(kinds, tails, strict=True))
-        steps = f"    static constexpr Step steps[] = {{{steps}}};\n"
-        call = f"run(steps, Chain<{count}>(sizes, weights), "
+        rows = ", ".join(map(_rows, spec.rows or [""] * count))
+        tables = (
+            f"    static constexpr Step steps[] = {{{steps}}};\n"
+            f"    static constexpr Rows tails[] = {{{rows}}};\n"
+        )
+        call = f"run(steps, tails, Chain<{count}>(sizes, weights), inputs"
     else:
-        steps, call = "", f"run<{tails[-1]}>(Chain<{count}>(sizes, weights), "
+        tables = ""
+        call = f"run<{tails[-1]}>(Chain<{count}>(sizes, weights), static_cast<const T*>(*inputs)"
     return f"""\
-extern "C" int32_t structc_run(const void* x, const void* const* weights, void* y, int64_t rows,
-                               const int64_t* sizes) {{
+extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
+                               int64_t rows, const int64_t* sizes) {{
   try {{
-{steps}    return {call}static_cast<const T*>(x),
+{tables}    return {call},
                static_cast<T*>(y), rows);
   }} catch (...) {{
     return 2;  // out of memory; an exception may not cross into C
   }}
 }}
 """
+
+
+def _rows(word: str) -> str:
+    if not word:
+        return "nullptr"
+    added, kind = "add" in word.split("+"), word.removeprefix("add").lstrip("+")
+    return f"whole_rows<{str(added).lower()}, {kind.title() or 'None'}>"

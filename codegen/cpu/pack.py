@@ -100,9 +100,9 @@ def parts_of(program: Program, at: int) -> int:
     return following.block.a if following is not None and following.shuffled else 1
 
 
-def bias_copy(width: int) -> Prepared:
-    """A bias as the kernels read it: float32."""
-    return Prepared(f"bias{width}", lambda w: w[0].float().reshape(width).contiguous())
+def vector_copy(width: int) -> Prepared:
+    """A bias, gain or shift as the kernels read it: float32."""
+    return Prepared(f"vector{width}", lambda w: w[0].float().reshape(width).contiguous())
 
 
 def _joined(stage: Stage, own: Sequence[Block], weights: Sequence[Tensor], flip: bool) -> Tensor:

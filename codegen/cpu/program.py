@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from structc.forms import Act, Bias, Block, Permute, Step, Tile
+from structc.forms import Act, Add, Bias, Block, Norm, Permute, Step, Tile
 from structc.records import Refusal
 
 LAYOUTS = ("token", "feature")
@@ -27,7 +27,9 @@ class Stage:
         sources: which of the program's block weights it is made of, first applied first.
         shuffled: whether its input comes through the perfect shuffle of the stage before.
         bias: whether a bias is added.
-        act: the activation at the end, or ``""``.
+        act: the activation behind that, or ``""``.
+        add: the input that is added behind that, or None.
+        norm: the normalisation at the end, or None.
     """
 
     block: Block
@@ -35,11 +37,24 @@ class Stage:
     shuffled: bool = False
     bias: bool = False
     act: str = ""
+    add: int | None = None
+    norm: Norm | None = None
 
     @property
     def tail(self) -> str:
         """The epilogue as the emitter's word for it: ``"bias+gelu"``."""
         return "+".join(filter(None, ["bias" if self.bias else "", self.act]))
+
+    @property
+    def rows_tail(self) -> str:
+        """What is done to whole rows, as the emitter's word for it: ``"add+layer"``."""
+        kind = "" if self.norm is None else self.norm.kind
+        return "+".join(filter(None, ["" if self.add is None else "add", kind]))
+
+    @property
+    def bare(self) -> bool:
+        """Whether the product goes on as it is."""
+        return not self.tail and not self.rows_tail
 
 
 @dataclass(frozen=True)
@@ -79,28 +94,30 @@ def analyse(form: Tile, layout: str, dtype: torch.dtype = torch.float32) -> Prog
 def _stages(steps: list[Step]) -> list[Stage] | None:
     """One stage for each block factor; None if something else stands between them."""
     stages: list[Stage] = []
-    shuffled, blocks = False, 0
+    shuffled = False
     for step in steps:
+        if isinstance(step, Block):
+            stages.append(Stage(step, (len(stages),), shuffled))
+            shuffled = False
+            continue
         last = stages[-1] if stages else None
+        if last is None or shuffled:
+            return None
         match step:
-            case Block():
-                stages.append(Stage(step, (blocks,), shuffled))
-                blocks += 1
-                shuffled = False
-            case Permute(p, q):
-                if last is None or last.bias or last.act or shuffled or last.block.d != 1:
-                    return None
-                if (p, q) != (last.block.a, last.block.b):
-                    return None
+            case Permute(p, q) if last.bare and (p, q, 1) == (
+                last.block.a,
+                last.block.b,
+                last.block.d,
+            ):
                 shuffled = p > 1 and q > 1
-            case Bias():
-                if last is None or last.bias or last.act or shuffled:
-                    return None
-                stages[-1] = Stage(last.block, last.sources, last.shuffled, True)
-            case Act(fn, _):
-                if last is None or last.act or shuffled:
-                    return None
-                stages[-1] = Stage(last.block, last.sources, last.shuffled, last.bias, fn)
+            case Bias() if last.bare:
+                stages[-1] = replace(last, bias=True)
+            case Act(fn, _) if not last.act and not last.rows_tail:
+                stages[-1] = replace(last, act=fn)
+            case Add(_, index) if not last.rows_tail:
+                stages[-1] = replace(last, add=index)
+            case Norm() if last.norm is None:
+                stages[-1] = replace(last, norm=step)
             case _:
                 return None
     return None if shuffled or not stages else stages
@@ -126,7 +143,7 @@ def _merged(stages: list[Stage]) -> list[Stage]:
 
 
 def _join(first: Stage, second: Stage) -> Stage | None:
-    if first.bias or first.act or first.shuffled or second.shuffled:
+    if not first.bare or first.shuffled or second.shuffled:
         return None
     one, two = first.block, second.block
     if min(one.a, one.b, one.c, one.d, two.a, two.b, two.c, two.d) < 1:
@@ -136,7 +153,7 @@ def _join(first: Stage, second: Stage) -> Stage | None:
     made = Block(two.a, two.b * two.d // one.d, one.c * one.a // two.a, one.d)
     if max(made.b, made.c) > MERGED or _size(made) > FREE_GROWTH * (_size(one) + _size(two)):
         return None
-    return Stage(made, first.sources + second.sources, False, second.bias, second.act)
+    return replace(second, block=made, sources=first.sources + second.sources)
 
 
 def _size(block: Block) -> int:
@@ -184,16 +201,17 @@ def _unserved(program: Program, layout: str, dtype: torch.dtype) -> Refusal | No
                 "SPLIT",
                 f"groups of {stage.block.c} do not take whole parts of {before.block.a} blocks",
             )
-        if stage.shuffled and (before.bias or before.act):
-            return _refuse("STEPS", "an epilogue stands before a shuffle")
     if dtype == torch.bfloat16:
         if layout == "feature":
             return _refuse("LAYOUT", "the feature layout is float32 alone")
         odd = [b.c for b in blocks if b.c % 2 and b.d == 1]
         if odd:
             return _refuse("ODD", f"bfloat16 products take pairs of inputs, a block has {odd[0]}")
-    if layout == "feature" and any(s.bias or s.act for s in program.stages[:-1]):
-        return _refuse("LAYOUT", "the feature layout has no epilogues between factors")
+    if layout == "feature":
+        if not all(s.bare for s in program.stages[:-1]):
+            return _refuse("LAYOUT", "the feature layout has no epilogues between factors")
+        if program.stages[-1].rows_tail:
+            return _refuse("LAYOUT", "the feature layout adds and normalises nothing")
     return None
 
 

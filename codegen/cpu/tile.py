@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,16 @@ from torch import Tensor
 from structc import ops
 from structc.codegen.cpu import build
 from structc.codegen.cpu.emit import Spec, emit, spec_of
-from structc.codegen.cpu.pack import PACK, Prepared, bias_copy, parts_of, prepared
+from structc.codegen.cpu.pack import PACK, Prepared, parts_of, prepared, vector_copy
 from structc.codegen.cpu.program import Program, analyse
-from structc.forms import Act, Bias, Block, Permute, Step, Tile
+from structc.forms import NORMS, Act, Add, Bias, Block, Norm, Permute, Step, Tile
 from structc.numerics import relative_error
 from structc.records import Refusal
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative error of a self-test that is still rounding."""
+VECTORS = 4
+"""Pointers of one stage: packed factor, bias, gain and shift."""
 CONFIG_RANGES: dict[str, tuple[int, int]] = {
     "tile": (1, 4096),
     "panel1": (PACK, 4096),
@@ -44,9 +47,9 @@ _ARGUMENTS: list[Any] = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_void_p
 
 @dataclass(frozen=True, eq=False)
 class TileKernel:
-    """``(x (rows, in_features), weights) -> (rows, out_features)``.
+    """``(x (rows, in_features), weights, others) -> (rows, out_features)``.
 
-    Weights are those of the program in its order.
+    Weights are those of the program in its order, others its inputs from 1 on.
     """
 
     label: str
@@ -58,22 +61,27 @@ class TileKernel:
     places: tuple[tuple[int, Prepared, tuple[int, ...]], ...]
     """Where each packed copy goes among the pointers, how it is made, and of which weights."""
 
-    def __call__(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        for w in weights:
+    def __call__(
+        self, x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()
+    ) -> Tensor:
+        for w in (*weights, *others):
             if w.dtype != self.dtype or w.device.type != "cpu":
-                return ops.tile_reference(x, weights, str(self.form))
+                return ops.tile_reference(x, weights, str(self.form), others)
         y = x.new_empty((x.shape[0], self.program.out_features))
-        self.into(x, weights, y)
+        self.into(x, weights, y, others)
         return y
 
-    def into(self, x: Tensor, weights: Sequence[Tensor], y: Tensor) -> None:
+    def into(
+        self, x: Tensor, weights: Sequence[Tensor], y: Tensor, others: Sequence[Tensor] = ()
+    ) -> None:
         """Write the product to ``y``, contiguous; all of it is written."""
-        pointers = (ctypes.c_void_p * (2 * len(self.program.stages)))()
+        inputs = (ctypes.c_void_p * (1 + len(others)))(x.data_ptr(), *map(Tensor.data_ptr, others))
+        pointers = (ctypes.c_void_p * (VECTORS * len(self.program.stages)))()
         alive = []  # a copy that was made for this call alone
         for at, copy, sources in self.places:
             pointers[at], packed = copy.address([weights[i] for i in sources])
             alive.append(packed)
-        failed = self.function(x.data_ptr(), pointers, y.data_ptr(), x.shape[0], self.sizes)
+        failed = self.function(inputs, pointers, y.data_ptr(), x.shape[0], self.sizes)
         if failed:
             raise RuntimeError(f"emitted kernel {self.label} for {self.form} failed ({failed})")
 
@@ -136,6 +144,7 @@ def _bind(
         b = stage.block
         behind = at + 1 < len(stages) and stages[at + 1].shuffled
         numbers += [b.a, b.b, b.c, b.d, widths[at], parts_of(program, at), int(behind)]
+        numbers += [-1 if stage.add is None else stage.add, _float_bits(stage.norm)]
     label = f"tile[{layout},{config['tile']}]"
     sizes = (ctypes.c_int64 * len(numbers))(*numbers)
     places = _places(form, program, layout, dtype, widths, transposed)
@@ -150,18 +159,30 @@ def _places(
     widths: Sequence[int],
     transposed: bool,
 ) -> tuple[tuple[int, Prepared, tuple[int, ...]], ...]:
-    with_weights = [step for step in form.steps if step.weights]
-    of_block = [i for i, step in enumerate(with_weights) if isinstance(step, Block)]
-    of_bias = iter([i for i, step in enumerate(with_weights) if isinstance(step, Bias)])
-    blocks = [step for step in with_weights if isinstance(step, Block)]
+    blocks = [step for step in form.steps if isinstance(step, Block)]
     copies = prepared(program, blocks, layout, dtype, widths, transposed=transposed)
-    places = []
-    for at, (stage, (copy, sources)) in enumerate(zip(program.stages, copies, strict=True)):
-        places.append((2 * at, copy, tuple(of_block[i] for i in sources)))
-        if stage.bias:
-            width = stage.block.out_features
-            places.append((2 * at + 1, bias_copy(width), (next(of_bias),)))
+    of_block: list[int] = []
+    places: list[tuple[int, Prepared, tuple[int, ...]]] = []
+    weight = stage = 0  # of the step that comes next; the stage that its vectors belong to
+    ends = [s.sources[-1] for s in program.stages]
+    for step in form.steps:
+        if isinstance(step, Block):
+            of_block.append(weight)
+            stage = next(at for at, end in enumerate(ends) if len(of_block) - 1 <= end)
+        slots = {Bias: (1,), Norm: (2, 3)}.get(type(step), ())
+        for slot, at in zip(slots, range(step.weights), strict=False):
+            copy = vector_copy(step.out_features)
+            places.append((VECTORS * stage + slot, copy, (weight + at,)))
+        weight += step.weights
+    for at, (copy, sources) in enumerate(copies):
+        places.append((VECTORS * at, copy, tuple(of_block[i] for i in sources)))
     return tuple(places)
+
+
+def _float_bits(norm: Norm | None) -> int:
+    """The bits of eps, for sizes are whole numbers."""
+    bits: int = struct.unpack("<i", struct.pack("<f", 0.0 if norm is None else float(norm.eps)))[0]
+    return bits
 
 
 # ---------------------------------------------------------------------------- self-test
@@ -188,14 +209,14 @@ def _self_test(spec: Spec, function: Callable[..., int]) -> Refusal | None:
         program = analyse(form, spec.layout, spec.dtype)
         assert isinstance(program, Program) and spec_of(program, spec.layout, spec.dtype) == spec
         kernel = _bind(form, program, config, function, spec.dtype)
-        x, weights = sample(form, rows=37, dtype=spec.dtype)
+        (x, *others), weights = sample(form, rows=37, dtype=spec.dtype)
         y = x.new_full((37, form.out_features), float("nan"))
         try:
-            kernel.into(x, weights, y)
+            kernel.into(x, weights, y, others)
         except RuntimeError as e:
             return Refusal("", "tile", "SELF_TEST", f"{spec.name}: {e}")
-        wide = [w.double() for w in weights]
-        error = relative_error(y, ops.tile_reference(x.double(), wide, str(form)))
+        wide, more = [w.double() for w in weights], [o.double() for o in others]
+        error = relative_error(y, ops.tile_reference(x.double(), wide, str(form), more))
         if not error <= TOLERANCE[spec.dtype]:
             reason = f"{spec.name}: error {error:.1e} against the reference"
             return Refusal("", "tile", "SELF_TEST", reason)
@@ -228,26 +249,30 @@ def sample_form(spec: Spec, *, shuffles: bool = False) -> Tile:
             if shuffles and isinstance(before, Block) and before.d == 1:
                 steps.append(Permute(before.a, before.b))
         steps.append(block)
-        steps += [Bias(block.out_features)] if "bias" in tail else []
-        steps += [Act(t, block.out_features) for t in tail if t != "bias"]
+        n = block.out_features
+        rows = spec.rows[at].split("+") if spec.rows else []
+        steps += [Bias(n)] if "bias" in tail else []
+        steps += [Act(t, n) for t in tail if t != "bias"]
+        steps += [Add(n, 1 + at)] if "add" in rows else []
+        steps += [Norm(n, kind, "1e-5") for kind in NORMS if kind in rows]
     return Tile(tuple(steps))
 
 
 def sample(
     form: Tile, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, list[Tensor]]:
-    """Seeded input and weights of a program, scaled so that activations see both of their ends."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Seeded inputs and weights of a program, scaled so that activations see both of their ends."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:  # whatever the caller's default dtype and device are
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
-    x = noise(rows, form.in_features)
-    weights = []
+    inputs = [noise(rows, n) for n in form.input_features]
+    weights: list[Tensor] = []
     for step in form.steps:
         if isinstance(step, Block):
             w = noise(step.a, step.b, step.c, step.d)
             weights.append(w * (1.5 / step.c**0.5))
-        elif isinstance(step, Bias):
-            weights.append(noise(step.n))
-    return x.to(dtype), [w.to(dtype) for w in weights]
+        else:
+            weights += [noise(step.out_features) for _ in range(step.weights)]
+    return inputs, weights

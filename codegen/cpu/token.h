@@ -65,13 +65,61 @@ static void strided(const Stage& f, int64_t tokens, int64_t unit, const T* in, T
   }
 }
 
+// What is done to whole rows of a stage's output, while the tile is in L2: y = norm(y + z).
+using Rows = void (*)(const Stage& f, int64_t tokens, T* y, const T* z);
+
+struct None {
+  static constexpr bool mean = false, any = false;
+};
+struct Layer {
+  static constexpr bool mean = true, any = true;
+};
+struct Rms {
+  static constexpr bool mean = false, any = true;
+};
+
+// The sum over a row of f(value), in sixteen lanes.
+template <class F>
+static inline float sum(const float* v, int64_t n, const F& f) {
+  float lanes[16] = {}, total = 0.0f;
+  int64_t c = 0;
+  for (; c + 16 <= n; c += 16)
+    for (int i = 0; i < 16; ++i) lanes[i] += f(v[c + i]);
+  for (; c < n; ++c) lanes[0] += f(v[c]);
+  for (int i = 0; i < 16; ++i) total += lanes[i];
+  return total;
+}
+
+template <bool ADD, class Norm>
+static void whole_rows(const Stage& f, int64_t tokens, T* y, const T* z) {
+  static thread_local Scratch memory;
+  const int64_t n = f.out();
+  float* v = memory.get<float>(n);
+  for (int64_t t = 0; t < tokens; ++t, y += n, z += ADD ? n : 0) {
+    for (int64_t c = 0; c < n; ++c) v[c] = widen(y[c]) + (ADD ? widen(z[c]) : 0.0f);
+    if (Norm::any) {
+      const float mean = Norm::mean ? sum(v, n, [](float a) { return a; }) / n : 0.0f;
+      const float square = sum(v, n, [=](float a) { return (a - mean) * (a - mean); }) / n;
+      const float scale = 1.0f / std::sqrt(square + f.eps);
+      for (int64_t c = 0; c < n; ++c)
+        v[c] = (v[c] - mean) * scale * f.gain[c] + (Norm::mean ? f.shift[c] : 0.0f);
+    }
+    narrow(v, n, y);
+  }
+}
+
 static inline int64_t units(const Stage& f) {
   return f.d > 1 ? f.a * f.b : f.a * f.parts * Panels(f.b / f.parts, f.panel).count;
 }
 
 template <int N>
-static int32_t run(const Step (&steps)[N], const Chain<N>& f, const T* x, T* y, int64_t rows) {
+static int32_t run(const Step (&steps)[N], const Rows (&tails)[N], const Chain<N>& f,
+                   const void* const* inputs, T* y, int64_t rows) {
   static thread_local Scratch memory;
+  const T* x = static_cast<const T*>(inputs[0]);
+  auto added = [&](const Stage& s, int64_t t0) {  // rows of the input that a stage adds
+    return s.add < 0 ? nullptr : static_cast<const T*>(inputs[s.add]) + t0 * s.out();
+  };
   const int64_t n = f.stage[0].in(), m = f.stage[N - 1].out();
   // Tiles of equal height, at most f.tile tokens: no thread waits for another's sliver.
   const int64_t tiles = ceil_div(rows, f.tile), high = ceil_div(rows, tiles);
@@ -91,6 +139,14 @@ static int32_t run(const Step (&steps)[N], const Chain<N>& f, const T* x, T* y, 
           steps[i](s, least(high, rows - t0), task % many, in + t0 * ldi, out + t0 * ldo, ldo);
       });
       if (failed) return failed;
+      if (tails[i]) {
+        const int64_t few = ceil_div(rows, 16);
+        const int32_t lost = parallel(16, [&](int64_t task) {
+          const int64_t t0 = task * few;
+          if (t0 < rows) tails[i](s, least(few, rows - t0), out + t0 * ldo, added(s, t0));
+        });
+        if (lost) return lost;
+      }
       in = out;
     }
     return 0;
@@ -112,6 +168,7 @@ static int32_t run(const Step (&steps)[N], const Chain<N>& f, const T* x, T* y, 
         fetch(x + (t0 + tn) * n + unit * share, least(share, next - unit * share) * sizeof(T));
         steps[i](s, tn, unit, in, out, ldo);
       }
+      if (tails[i]) tails[i](s, tn, out, added(s, t0));
       in = out;
     }
   });

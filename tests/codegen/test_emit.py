@@ -15,6 +15,7 @@ SPECS = [
     Spec("token", F32, ("panel", "panel")),
     Spec("token", F32, ("panel+silu", "strided", "panel+bias+silu")),
     Spec("token", BF16, ("panel", "panel+bias")),
+    Spec("token", F32, ("panel+bias+gelu", "panel+bias"), ("", "add+layer")),
     Spec("feature", F32, ("rows+relu",)),
     Spec("feature", F32, ("rows", "rows+bias+gelu_tanh")),
 ]

@@ -12,7 +12,7 @@ from structc import ops
 from structc.codegen import lower
 from structc.codegen.cpu import tile
 from structc.codegen.cpu.program import Program, analyse
-from structc.forms import Act, Bias, Block, Permute, Step, Tile
+from structc.forms import Act, Add, Bias, Block, Norm, Permute, Step, Tile
 from structc.numerics import relative_error
 from structc.records import Refusal
 
@@ -74,7 +74,7 @@ def check(
     """Into a NaN-filled output between guard bands, against the float64 reference."""
     kernel = tile.make(form, config, dtype=dtype)
     assert not isinstance(kernel, Refusal), kernel.reason
-    x, weights = tile.sample(form, rows, dtype=dtype)
+    (x,), weights = tile.sample(form, rows, dtype=dtype)
     memory = torch.full((rows * form.out_features + 64,), 7.5, dtype=dtype)
     y = memory[32:-32].fill_(float("nan")).view(rows, -1)
     kernel.into(x, weights, y)
@@ -132,13 +132,81 @@ def test_weights_of_merged_factors_are_all_watched() -> None:
     form = Tile(butterfly(16))
     kernel = tile.make(form, {})
     assert not isinstance(kernel, Refusal)
-    x, weights = tile.sample(form, 5)
+    (x,), weights = tile.sample(form, 5)
     for changed in (0, 3, 1):
         with torch.no_grad():
             weights[changed].mul_(-1.5)
         assert relative_error(kernel(x, weights), ops.tile_reference(x, weights, str(form))) < 1e-5
         weights[changed] = weights[changed] * 2
         assert relative_error(kernel(x, weights), ops.tile_reference(x, weights, str(form))) < 1e-5
+
+
+def mlp(n: int, h: int, r: int, act: str) -> Tile:
+    """Two low-rank layers with everything between and behind them."""
+    steps = (*low_rank(n, h, r), Bias(h), Act(act, h), *low_rank(h, n, r), Bias(n))
+    return Tile((*steps, Add(n, 0), Norm(n, "layer", "1e-12")))
+
+
+CHAINS = {
+    "mlp": mlp(48, 130, 10, "gelu"),
+    "dense-add-layer": Tile((Block(1, 51, 38, 1), Bias(51), Add(51, 1), Norm(51, "layer", "1e-5"))),
+    "rms-between": Tile(
+        (Block(1, 50, 38, 1), Norm(50, "rms", "1e-6"), Block(1, 20, 50, 1), Add(20, 2))
+    ),
+    "residual-of-itself": Tile((*monarch(4, 6, 4, 6, 4), Act("silu", 24), Add(24, 0))),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name: str, dtype: torch.dtype, threads: int) -> None:
+    """Epilogues between factors, residuals and norms, in tiles and with few rows shared."""
+    torch.set_num_threads(threads)
+    form = CHAINS[name]
+    for rows in ROWS:
+        for config in ({"tile": 64}, {"tile": 16, "split": 1}):
+            kernel = tile.make(form, {"layout": "token", **config}, dtype=dtype)
+            assert not isinstance(kernel, Refusal), kernel.reason
+            (x, *others), weights = tile.sample(form, rows, dtype=dtype)
+            y = x.new_full((rows, form.out_features), float("nan"))
+            kernel.into(x, weights, y, others)
+            wide = [w.double() for w in weights]
+            more = [o.double() for o in others]
+            expected = ops.tile_reference(x.double(), wide, str(form), more)
+            assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_chains_through_the_operator() -> None:
+    """Leading dimensions, broadcast residuals, gradients, opcheck; other layouts refuse."""
+    form = CHAINS["dense-add-layer"]
+    refused = tile.make(form, {"layout": "feature"})
+    assert isinstance(refused, Refusal) and refused.code == "LAYOUT"
+    assert lower.bind(form, torch.float32, 64, "tile", {"layout": "token"}) is None
+    (x, z), weights = tile.sample(form, 12)
+    x, z = x.view(3, 4, -1), z[:4]
+    (y,) = torch.ops.structc.tile([x, z], weights, str(form))
+    expected = ops.tile_reference(x, weights, str(form), [z])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    leaves = [t.clone().requires_grad_() for t in (x, z, *weights)]
+    (y,) = torch.ops.structc.tile(leaves[:2], leaves[2:], str(form))
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    want = torch.autograd.grad(
+        ops.tile_reference(leaves[0], leaves[2:], str(form), leaves[1:2]).square().sum(), leaves
+    )
+    for got, one in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, one, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(torch.ops.structc.tile.default, (leaves[:2], leaves[2:], str(form)))
+
+
+def test_norms_of_constant_and_huge_rows() -> None:
+    form = Tile((Block(1, 40, 40, 1), Norm(40, "layer", "1e-5")))
+    kernel = tile.make(form, {})
+    assert not isinstance(kernel, Refusal)
+    weights = [torch.eye(40).view(1, 40, 40, 1), torch.ones(40), torch.zeros(40)]
+    x = torch.stack([torch.full((40,), 3.0), 1e4 + torch.arange(40.0), torch.zeros(40)])
+    expected = ops.tile_reference(x.double(), [w.double() for w in weights], str(form))
+    torch.testing.assert_close(kernel(x, weights).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -156,7 +224,7 @@ def test_the_default_dtype_is_the_callers_own(
     form = Tile(SHAPES[shape])
     kernel = tile.make(form, {"layout": layout, "tile": 64})  # tests itself: nothing is built yet
     assert not isinstance(kernel, Refusal), kernel.reason
-    x, weights = tile.sample(form, 37)
+    (x,), weights = tile.sample(form, 37)
     y = kernel(x, weights)
     expected = ops.tile_reference(x.double(), [w.double() for w in weights], str(form))
     assert y.dtype == x.dtype == torch.float32 and relative_error(y, expected) < TOLERANCE
@@ -212,7 +280,7 @@ def test_nan_rows_stay_alone() -> None:
         form = Tile((*monarch(4, 24, 4, 24, 16), Bias(96), Act("gelu", 96)))
         kernel = tile.make(form, {"layout": layout})
         assert not isinstance(kernel, Refusal)
-        x, weights = tile.sample(form, 70)
+        (x,), weights = tile.sample(form, 70)
         x[33, 5] = float("nan")
         y = kernel(x, weights)
         bad = y.isnan().any(dim=1)
@@ -222,7 +290,7 @@ def test_nan_rows_stay_alone() -> None:
 def test_operator_runs_the_kernel_on_strided_inputs() -> None:
     form = Tile((*low_rank(96, 64, 24), Bias(64)))
     assert lower.bind(form, torch.float32, 4096, "tile[token,64]", {"tile": 64}) is None
-    x, weights = tile.sample(form, 3 * 5)
+    (x,), weights = tile.sample(form, 3 * 5)
     for view in (
         x.view(3, 5, 96),
         x.view(3, 5, 96).transpose(0, 1),
@@ -239,7 +307,7 @@ def test_weight_updates_reach_the_kernel() -> None:
     form = Tile(low_rank(32, 32, 16))
     kernel = tile.make(form, {})
     assert not isinstance(kernel, Refusal)
-    x, weights = tile.sample(form, 9)
+    (x,), weights = tile.sample(form, 9)
     for _ in range(3):
         with torch.no_grad():
             weights[0].mul_(1.5)
@@ -252,7 +320,7 @@ def test_weights_of_another_dtype_run_the_reference() -> None:
     form = Tile(low_rank(8, 8, 4))
     kernel = tile.make(form, {})
     assert not isinstance(kernel, Refusal)
-    x, weights = tile.sample(form, 3)
+    (x,), weights = tile.sample(form, 3)
     with pytest.raises(RuntimeError):  # as the reference does: dtypes do not mix
         kernel(x, [w.double() for w in weights])
 
@@ -262,7 +330,7 @@ def test_inference_weights() -> None:
     kernel = tile.make(form, {})
     assert not isinstance(kernel, Refusal)
     with torch.inference_mode():
-        x, weights = tile.sample(form, 3)
+        (x,), weights = tile.sample(form, 3)
         assert relative_error(kernel(x, weights), ops.tile_reference(x, weights, str(form))) < 1e-5
 
 

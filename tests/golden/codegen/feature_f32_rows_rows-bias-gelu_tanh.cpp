@@ -56,26 +56,32 @@ struct Scratch {
 
 // One block factor I_a (x) 1_{b x c} (x) I_d. `parts`: into how many equal pieces each block's output
 // is cut, one for each group of a next factor that reads through a shuffle; `group` is that factor's c;
-// `shuffle` says whether a shuffle stands behind this one.
+// `shuffle` says whether a shuffle stands behind this one. `add` is the input that is added to its
+// output, or -1; gain, shift and eps are of a normalisation.
 struct Stage {
-  int64_t a, b, c, d, panel, parts, shuffle, group;
+  int64_t a, b, c, d, panel, parts, shuffle, add, group;
   const void* w;
-  const float* bias;
+  const float *bias, *gain, *shift;
+  float eps;
   int64_t in() const { return a * c * d; }
   int64_t out() const { return a * b * d; }
 };
 
-// What a call hands over: sizes are tile, split, then a, b, c, d, panel, parts, shuffle of each stage;
-// weights are the packed factor and the bias (or null) of each stage.
+// What a call hands over: sizes are tile, split, then a, b, c, d, panel, parts, shuffle, add and the bits
+// of eps of each stage; weights are the packed factor, bias, gain and shift (or null) of each stage.
 template <int N>
 struct Chain {
   int64_t tile, split;
   Stage stage[N];
   Chain(const int64_t* sizes, const void* const* weights) : tile(sizes[0]), split(sizes[1]) {
     for (int i = 0; i < N; ++i) {
-      const int64_t* s = sizes + 2 + 7 * i;
-      stage[i] = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], 0, weights[2 * i],
-                  static_cast<const float*>(weights[2 * i + 1])};
+      const int64_t* s = sizes + 2 + 9 * i;
+      auto vector = [&](int at) { return static_cast<const float*>(weights[4 * i + at]); };
+      const int32_t bits = static_cast<int32_t>(s[8]);
+      float eps;
+      std::memcpy(&eps, &bits, sizeof eps);
+      stage[i] = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], 0, weights[4 * i],
+                  vector(1), vector(2), vector(3), eps};
       if (i) stage[i - 1].group = s[2];
     }
   }
@@ -372,10 +378,10 @@ struct BiasGeluTanh {
   static inline float apply(float v) { return gelu_tanh(v); }
 };
 
-extern "C" int32_t structc_run(const void* x, const void* const* weights, void* y, int64_t rows,
-                               const int64_t* sizes) {
+extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
+                               int64_t rows, const int64_t* sizes) {
   try {
-    return run<BiasGeluTanh>(Chain<2>(sizes, weights), static_cast<const T*>(x),
+    return run<BiasGeluTanh>(Chain<2>(sizes, weights), static_cast<const T*>(*inputs),
                static_cast<T*>(y), rows);
   } catch (...) {
     return 2;  // out of memory; an exception may not cross into C

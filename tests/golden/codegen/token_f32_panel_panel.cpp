@@ -56,26 +56,32 @@ struct Scratch {
 
 // One block factor I_a (x) 1_{b x c} (x) I_d. `parts`: into how many equal pieces each block's output
 // is cut, one for each group of a next factor that reads through a shuffle; `group` is that factor's c;
-// `shuffle` says whether a shuffle stands behind this one.
+// `shuffle` says whether a shuffle stands behind this one. `add` is the input that is added to its
+// output, or -1; gain, shift and eps are of a normalisation.
 struct Stage {
-  int64_t a, b, c, d, panel, parts, shuffle, group;
+  int64_t a, b, c, d, panel, parts, shuffle, add, group;
   const void* w;
-  const float* bias;
+  const float *bias, *gain, *shift;
+  float eps;
   int64_t in() const { return a * c * d; }
   int64_t out() const { return a * b * d; }
 };
 
-// What a call hands over: sizes are tile, split, then a, b, c, d, panel, parts, shuffle of each stage;
-// weights are the packed factor and the bias (or null) of each stage.
+// What a call hands over: sizes are tile, split, then a, b, c, d, panel, parts, shuffle, add and the bits
+// of eps of each stage; weights are the packed factor, bias, gain and shift (or null) of each stage.
 template <int N>
 struct Chain {
   int64_t tile, split;
   Stage stage[N];
   Chain(const int64_t* sizes, const void* const* weights) : tile(sizes[0]), split(sizes[1]) {
     for (int i = 0; i < N; ++i) {
-      const int64_t* s = sizes + 2 + 7 * i;
-      stage[i] = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], 0, weights[2 * i],
-                  static_cast<const float*>(weights[2 * i + 1])};
+      const int64_t* s = sizes + 2 + 9 * i;
+      auto vector = [&](int at) { return static_cast<const float*>(weights[4 * i + at]); };
+      const int32_t bits = static_cast<int32_t>(s[8]);
+      float eps;
+      std::memcpy(&eps, &bits, sizeof eps);
+      stage[i] = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], 0, weights[4 * i],
+                  vector(1), vector(2), vector(3), eps};
       if (i) stage[i - 1].group = s[2];
     }
   }
@@ -190,13 +196,61 @@ static void strided(const Stage& f, int64_t tokens, int64_t unit, const T* in, T
   }
 }
 
+// What is done to whole rows of a stage's output, while the tile is in L2: y = norm(y + z).
+using Rows = void (*)(const Stage& f, int64_t tokens, T* y, const T* z);
+
+struct None {
+  static constexpr bool mean = false, any = false;
+};
+struct Layer {
+  static constexpr bool mean = true, any = true;
+};
+struct Rms {
+  static constexpr bool mean = false, any = true;
+};
+
+// The sum over a row of f(value), in sixteen lanes.
+template <class F>
+static inline float sum(const float* v, int64_t n, const F& f) {
+  float lanes[16] = {}, total = 0.0f;
+  int64_t c = 0;
+  for (; c + 16 <= n; c += 16)
+    for (int i = 0; i < 16; ++i) lanes[i] += f(v[c + i]);
+  for (; c < n; ++c) lanes[0] += f(v[c]);
+  for (int i = 0; i < 16; ++i) total += lanes[i];
+  return total;
+}
+
+template <bool ADD, class Norm>
+static void whole_rows(const Stage& f, int64_t tokens, T* y, const T* z) {
+  static thread_local Scratch memory;
+  const int64_t n = f.out();
+  float* v = memory.get<float>(n);
+  for (int64_t t = 0; t < tokens; ++t, y += n, z += ADD ? n : 0) {
+    for (int64_t c = 0; c < n; ++c) v[c] = widen(y[c]) + (ADD ? widen(z[c]) : 0.0f);
+    if (Norm::any) {
+      const float mean = Norm::mean ? sum(v, n, [](float a) { return a; }) / n : 0.0f;
+      const float square = sum(v, n, [=](float a) { return (a - mean) * (a - mean); }) / n;
+      const float scale = 1.0f / std::sqrt(square + f.eps);
+      for (int64_t c = 0; c < n; ++c)
+        v[c] = (v[c] - mean) * scale * f.gain[c] + (Norm::mean ? f.shift[c] : 0.0f);
+    }
+    narrow(v, n, y);
+  }
+}
+
 static inline int64_t units(const Stage& f) {
   return f.d > 1 ? f.a * f.b : f.a * f.parts * Panels(f.b / f.parts, f.panel).count;
 }
 
 template <int N>
-static int32_t run(const Step (&steps)[N], const Chain<N>& f, const T* x, T* y, int64_t rows) {
+static int32_t run(const Step (&steps)[N], const Rows (&tails)[N], const Chain<N>& f,
+                   const void* const* inputs, T* y, int64_t rows) {
   static thread_local Scratch memory;
+  const T* x = static_cast<const T*>(inputs[0]);
+  auto added = [&](const Stage& s, int64_t t0) {  // rows of the input that a stage adds
+    return s.add < 0 ? nullptr : static_cast<const T*>(inputs[s.add]) + t0 * s.out();
+  };
   const int64_t n = f.stage[0].in(), m = f.stage[N - 1].out();
   // Tiles of equal height, at most f.tile tokens: no thread waits for another's sliver.
   const int64_t tiles = ceil_div(rows, f.tile), high = ceil_div(rows, tiles);
@@ -216,6 +270,14 @@ static int32_t run(const Step (&steps)[N], const Chain<N>& f, const T* x, T* y, 
           steps[i](s, least(high, rows - t0), task % many, in + t0 * ldi, out + t0 * ldo, ldo);
       });
       if (failed) return failed;
+      if (tails[i]) {
+        const int64_t few = ceil_div(rows, 16);
+        const int32_t lost = parallel(16, [&](int64_t task) {
+          const int64_t t0 = task * few;
+          if (t0 < rows) tails[i](s, least(few, rows - t0), out + t0 * ldo, added(s, t0));
+        });
+        if (lost) return lost;
+      }
       in = out;
     }
     return 0;
@@ -237,6 +299,7 @@ static int32_t run(const Step (&steps)[N], const Chain<N>& f, const T* x, T* y, 
         fetch(x + (t0 + tn) * n + unit * share, least(share, next - unit * share) * sizeof(T));
         steps[i](s, tn, unit, in, out, ldo);
       }
+      if (tails[i]) tails[i](s, tn, out, added(s, t0));
       in = out;
     }
   });
@@ -247,11 +310,12 @@ struct Plain {
   static inline float apply(float v) { return v; }
 };
 
-extern "C" int32_t structc_run(const void* x, const void* const* weights, void* y, int64_t rows,
-                               const int64_t* sizes) {
+extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
+                               int64_t rows, const int64_t* sizes) {
   try {
     static constexpr Step steps[] = {panel<Plain>, panel<Plain>};
-    return run(steps, Chain<2>(sizes, weights), static_cast<const T*>(x),
+    static constexpr Rows tails[] = {nullptr, nullptr};
+    return run(steps, tails, Chain<2>(sizes, weights), inputs,
                static_cast<T*>(y), rows);
   } catch (...) {
     return 2;  // out of memory; an exception may not cross into C
