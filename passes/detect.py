@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -85,8 +85,8 @@ def detect(captured: Captured) -> Sites:
     runnable = {region.path for region in captured.regions}
     sites = [
         site
-        for weight, item in found.items()
-        if (site := _site(captured, weight, item, groups, runnable, refusals)) is not None
+        for weight in found
+        if (site := _site(captured, weight, found, groups, runnable, refusals)) is not None
     ]
     order = {name: at for at, (name, _) in enumerate(captured.tree.named_parameters())}
     sites.sort(key=lambda s: order.get(s.weight, len(order)))
@@ -309,11 +309,12 @@ def _groups(found: dict[str, Found]) -> dict[str, str]:
 def _site(
     captured: Captured,
     weight: str,
-    item: Found,
+    found: Mapping[str, Found],
     groups: dict[str, str],
     runnable: set[str],
     refusals: list[Refusal],
 ) -> LinearSite | None:
+    item = found[weight]
     uses = [u for u in item.uses if u.ref.region in runnable and not _analysis_only(captured, u)]
     module = captured.tree.get_submodule(item.module) if item.module else None
     if module is None and not uses:
@@ -329,6 +330,10 @@ def _site(
     if any((u.transposed, u.bias) != (transposed, bias) for u in item.uses):
         reason = f"its {len(item.uses)} uses differ in orientation or bias"
         refusals.append(Refusal(item.module or weight, "detect", "MIXED", reason))
+        return None
+    if module is None and bias is not None and not _owns_bias(found, weight, bias):
+        reason = "its bias serves other products too, or lives in another module"
+        refusals.append(Refusal(weight, "detect", "BIAS", reason))
         return None
     activations = {u.activation for u in uses}
     tags = set()
@@ -359,6 +364,12 @@ def _site(
 def _analysis_only(captured: Captured, use: Use) -> bool:
     """Whether the use was read in the analysis graph; a region of the same path never exists."""
     return use.ref.region == "" and all(r.path != "" for r in captured.regions)
+
+
+def _owns_bias(found: Mapping[str, Found], weight: str, bias: str) -> bool:
+    """Whether a bias that is used without a module belongs to one weight, in the same module."""
+    users = {w for w, item in found.items() if any(u.bias == bias for u in item.uses)}
+    return users == {weight} and bias.rpartition(".")[0] == weight.rpartition(".")[0]
 
 
 def _own_bias(tree: nn.Module, module: nn.Module) -> str | None:

@@ -17,8 +17,8 @@ from structc.passes.region import Runner, attributes_of, install, view_of
 from structc.records import Captured, LinearSite, Region, Sites
 
 aten = torch.ops.aten
-FACTORS = "structc_factors"
-"""Child of a region's owner that holds the factors of weights used without a module."""
+FACTORS = "structc_"
+"""Start of the name of a child that holds the factors of a weight used without a module."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +61,37 @@ def rewrite(captured: Captured, sites: Sites, modules: Mapping[str, AbstractFami
 
 
 def _adopt(tree: nn.Module, site: LinearSite, module: AbstractFamily) -> str:
-    """Give the factors of a functional site a home beside its weight's region."""
-    path = site.nodes[0].region
+    """Give the factors of a functional site a home in the module that held its weight.
+
+    What the user's code reads there from now on are the factors, multiplied out: the module tree
+    and the graphs stay one function of one set of parameters.
+    """
+    path, _, name = site.weight.rpartition(".")
     owner = tree.get_submodule(path)
-    if FACTORS not in owner._modules:
-        owner._modules[FACTORS] = nn.Module().train(owner.training)
-    key = site.weight.removeprefix(f"{path}.").replace(".", "_")
-    owner._modules[FACTORS]._modules[key] = module  # type: ignore[union-attr]
-    return ".".join(p for p in (path, FACTORS, key) if p)
+    key = f"{FACTORS}{name}"
+    owner._modules[key] = module
+    if not isinstance(module, Dense):  # whose weight and bias are the owner's own tensors
+        parts = {name: "weight"}
+        if site.bias is not None:
+            parts[site.bias.rpartition(".")[2]] = "bias"
+        _read_from_factors(owner, key, parts)
+    return ".".join(filter(None, (path, key)))
+
+
+def _read_from_factors(owner: nn.Module, key: str, parts: Mapping[str, str]) -> None:
+    """Make attributes of a module those of its child instead of tensors of its own."""
+
+    def reading(part: str) -> property:
+        return property(lambda self: getattr(self._modules[key], part))
+
+    for name in parts:
+        owner._parameters.pop(name, None)
+        owner._buffers.pop(name, None)
+    base = type(owner)
+    names: dict[str, Any] = {name: reading(part) for name, part in parts.items()}
+    names |= {"__module__": base.__module__, "__doc__": base.__doc__}
+    metaclass: Any = type(base)
+    owner.__class__ = metaclass(base.__name__, (base,), names)
 
 
 def _rewrite_graph(

@@ -129,6 +129,32 @@ class AbstractStructured(AbstractFamily):
         return y
 
 
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product that share its singular values evenly.
+
+    Fits leave all of a matrix's scale in one factor, or a scale of their own in both; gradient
+    steps and narrow dtypes want neither. With P Q = U S V^T: P' = U S^(1/2), Q' = S^(1/2) V^T.
+
+    Args:
+        left: P, ``(..., m, r)``.
+        right: Q, ``(..., r, n)``.
+
+    >>> p, q = balanced(1e4 * torch.randn(6, 2).double(), 1e-4 * torch.randn(2, 5).double())
+    >>> torch.allclose(p.mT @ p, q @ q.mT)
+    True
+    """
+    q1, r1 = torch.linalg.qr(left)
+    q2, r2 = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
+    root = s.sqrt()
+    p, q = (q1 @ u) * root[..., None, :], root[..., :, None] * (vh @ q2.mT)
+    rank = left.shape[-1]
+    if p.shape[-1] == rank:
+        return p, q
+    more = rank - p.shape[-1]  # a rank above a side of the matrix: the rest is zero
+    return nn.functional.pad(p, (0, more)), nn.functional.pad(q, (0, 0, 0, more))
+
+
 def with_epilogue(program: Tile, *, bias: bool, activation: str) -> Tile:
     """A program followed by bias and activation."""
     if bias:

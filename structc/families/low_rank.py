@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structc.families.base import (
     AbstractStructured,
+    balanced,
     ranks_for,
     refuse_weight,
     with_epilogue,
@@ -79,7 +80,8 @@ class LowRank(AbstractStructured):
             return Refusal("", cls.name, "RANK", f"rank {rank} is not in 1..{min(weight.shape)}")
         w = weight.detach().double()
         basis = _basis(w, None if gram is None else gram.double())[0][:, -rank:]
-        return cls((basis.mT @ w).to(weight.dtype), basis.to(weight.dtype).contiguous())
+        u, v = balanced(basis, basis.mT @ w)
+        return cls(v.to(weight.dtype).contiguous(), u.to(weight.dtype).contiguous())
 
     @classmethod
     def curve(cls, weight: Tensor, gram: Tensor | None, ranks: Sequence[int]) -> list[float]:
@@ -98,7 +100,8 @@ class LowRank(AbstractStructured):
         return 1
 
     def mix_outputs(self, mix: Tensor) -> None:
-        self.u.data = mix[0] @ self.u.data
+        u, v = balanced(mix[0] @ self.u.data, self.v.data)
+        self.u.data, self.v.data = u.contiguous(), v.contiguous()
 
     def hyper(self) -> Hyper:
         return {"rank": self.v.shape[0]}

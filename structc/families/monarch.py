@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structc.families.base import (
     AbstractStructured,
+    balanced,
     ranks_for,
     refuse_weight,
     with_epilogue,
@@ -108,7 +109,7 @@ class Monarch(AbstractStructured):
         factors = _project(wb, rank)
         if gram is not None:
             factors = _descend(wb, gram.double(), rank, factors)
-        p, q = factors  # (k, j, l, r), (k, j, r, i)
+        p, q = balanced(*factors)  # (k, j, l, r), (k, j, r, i)
         w2 = p.permute(1, 2, 3, 0).contiguous()
         return cls(q.to(weight.dtype).contiguous(), w2.to(weight.dtype))
 
@@ -117,7 +118,8 @@ class Monarch(AbstractStructured):
         return hyper["out_blocks"]
 
     def mix_outputs(self, mix: Tensor) -> None:
-        self.w2.data = torch.einsum("jal,jlrk->jark", mix, self.w2.data)
+        p, q = balanced(mix @ self.w2.data.permute(3, 0, 1, 2), self.w1.data)
+        self.w1.data, self.w2.data = q.contiguous(), p.permute(1, 2, 3, 0).contiguous()
 
     def hyper(self) -> Hyper:
         k, j, r, _ = self.w1.shape

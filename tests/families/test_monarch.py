@@ -100,7 +100,7 @@ def test_block_diagonal_gram_needs_no_descent() -> None:
 def test_projection_of_a_large_weight() -> None:
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     module = Monarch.fit(weight, in_blocks=4, out_blocks=4, rank=256)
-    assert module.cost(1).params == 4096 * 4096 // 2
+    assert module.form().params == 4096 * 4096 // 2
     tail = torch.linalg.svdvals(weight[:1024, :1024].double())[256:]
     gap = (weight[:1024, :1024].double() - module.to_dense()[:1024, :1024].double()).norm()
     assert float(gap) == pytest.approx(float(tail.norm()), rel=1e-4)

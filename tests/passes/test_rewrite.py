@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -205,17 +206,58 @@ def test_functional_factors_live_in_the_product() -> None:
     model = ZOO["functional"].model()
     captured, product = rewritten(model, floats(2, 5, 12), default="low_rank", rank=3)
     names = dict(product.tree.named_parameters())
-    assert {f"{FACTORS}.{w}.{p}" for w in "abc" for p in "uv"} <= set(names)
-    assert not hasattr(model, FACTORS) and not hasattr(captured.tree, FACTORS)
+    assert {f"{FACTORS}{w}.{p}" for w in "abc" for p in "uv"} <= set(names)
+    assert not {"a", "b", "c"} & set(names), "the dense weights are gone"
+    for owner in (model, captured.tree):
+        assert {"a", "b", "c"} <= set(dict(owner.named_parameters()))
+        assert not any(n.startswith(FACTORS) for n, _ in owner.named_modules())
     clone = {k: v.clone() for k, v in product.tree.state_dict().items()}
     x = floats(2, 5, 12)
     with torch.no_grad():
         before = product.tree(x)
-        for parameter in product.tree.get_submodule(FACTORS).parameters():
-            parameter.zero_()
+        for name, parameter in product.tree.named_parameters():
+            if name.startswith(FACTORS):
+                parameter.zero_()
         assert not torch.allclose(product.tree(x), before), "the graph reads the factors"
         product.tree.load_state_dict(clone)
         assert torch.equal(product.tree(x), before)
+
+
+@pytest.mark.parametrize("name", ["functional", "encoder"])
+def test_graph_and_tree_are_one_function_of_one_set_of_parameters(name: str) -> None:
+    """Weights that user code reads itself: what gradients train is what inference runs."""
+    case = ZOO[name]
+    model = case.model()
+    _, product = rewritten(model, case.call(), default="low_rank", rank=3)
+    tree, again = product.tree, copy.deepcopy(product.tree)
+    for step in range(2):
+        for twin in (tree, again):
+            with torch.no_grad():
+                graph = twin(*case.call())
+            module = twin(*case.call())
+            torch.testing.assert_close(graph, module.detach(), rtol=1e-4, atol=1e-5)
+        loss = tree(*case.call()).square().sum()
+        found = torch.autograd.grad(loss, list(tree.parameters()), allow_unused=True)
+        unused = [n for (n, _), g in zip(tree.named_parameters(), found, strict=True) if g is None]
+        assert not unused, f"step {step}: {unused}"
+        with torch.no_grad():
+            for parameter, grad in zip(tree.parameters(), found, strict=True):
+                parameter -= 1e-3 * grad
+            again.load_state_dict(tree.state_dict())
+
+
+def test_biases_of_two_products_stay_whole() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(floats(8, 6)), nn.Parameter(floats(8, 8))
+            self.c = nn.Parameter(floats(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.a, self.c), self.b, self.c)
+
+    _, sites = captured_sites(Shared(), floats(3, 6))
+    assert sites.linear == () and {r.code for r in sites.refusals} == {"BIAS"}
 
 
 def test_untouched_parameters_are_shared_and_replaced_ones_are_gone() -> None:
