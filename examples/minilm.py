@@ -21,7 +21,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,18 @@ def compare(model: nn.Module, fast: nn.Module, calls: Sequence[dict[str, Tensor]
     print(f"  five nearest        {shared:.1%} of them shared")
 
 
+def stages_as_lines() -> Callable[[str, int, int], None]:
+    """A progress function for logs: one line a stage."""
+    seen: set[str] = set()
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            print(f"  {stage} ...", file=sys.stderr, flush=True)
+
+    return show
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, report, compare, save, and load again."""
     import structc
@@ -174,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = documentation()
     calibration, further = texts[:512], texts[512:812]
     budget = structc.Budget(metric=structc.metrics.similarity_spearman, max_drop=options.max_drop)
-    with progress_bars(wanted=True) as progress:
+    with progress_bars(wanted=True) as bars:
+        progress = bars if sys.stderr.isatty() else stages_as_lines()
         fast = structc.compile(
             model,
             example(),

@@ -60,7 +60,7 @@ def detect(captured: Captured) -> Sites:
         transposed view of one; anything computed from parameters is left alone.
     Skips when:   the leaf has hooks, parametrizations or a ``forward`` of its own; the weight is
         not floating point; no example call reaches it; one weight is used in two orientations or
-        with two biases. Each skip is a :class:`Refusal`.
+        with two biases; scripted code reads it. Each skip is a :class:`Refusal`.
     """
     graphs = list(captured.regions)
     if captured.analysis is not None:
@@ -322,6 +322,11 @@ def _site(
             refusals.append(
                 Refusal(weight, "detect", "NO_REGION", "it is used outside of any exported region")
             )
+        return None
+    owner = captured.tree.get_submodule(weight.rpartition(".")[0])
+    if module is None and isinstance(owner, torch.jit.ScriptModule):
+        reason = "scripted code reads it, which cannot be made to read factors"
+        refusals.append(Refusal(weight, "detect", "SCRIPTED", reason))
         return None
     tensor = operator.attrgetter(weight)(captured.tree)
     transposed = item.uses[0].transposed if module is None else _is_conv1d(module)

@@ -42,6 +42,17 @@ def one_thread_each() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A fit in the caller's own thread, with the bits that the pool would give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fit_candidates(
     objectives: Objectives, site: LinearSite, proposals: Sequence[Proposal], work: WorkDir
 ) -> tuple[list[Candidate], list[Refusal]]:

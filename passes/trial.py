@@ -13,7 +13,7 @@ from structc.budget import Budget
 from structc.families import AbstractFamily, Dense
 from structc.passes import verify as V
 from structc.passes.calibrate import Parts, first_items
-from structc.passes.fit import materialise
+from structc.passes.fit import materialise, one_thread
 from structc.passes.objective import Objectives
 from structc.passes.rewrite import Product, rewrite
 from structc.passes.rollback import chosen_of
@@ -68,7 +68,8 @@ class Lab:
     def module(self, site: str, choice: Choice) -> AbstractFamily | Refusal:
         key = f"{site} {choice.family} {sorted(choice.hyper.items())}"
         if key not in self._modules:
-            made = materialise(self.objectives, self.by_name[site], choice.family, choice.hyper)
+            with one_thread():
+                made = materialise(self.objectives, self.by_name[site], choice.family, choice.hyper)
             if isinstance(made, Refusal):
                 return made
             self._modules[key] = made

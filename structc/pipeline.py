@@ -9,6 +9,7 @@ import logging
 import resource
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,11 @@ def _convert(model: nn.Module, example: Call, calibration: Any, options: Options
     calls = [] if calibration is None else calibration_calls(calibration)
     parts = split(calls) if calls else Parts((), (example,), (example,))
     notes.notes += parts.notes
+    if not calls and not options.budget.exact:
+        notes.notes.append(
+            "no calibration data: selection and verification saw the example inputs alone, which "
+            "are no independent judge"
+        )
     try:
         set_modes(model, False)
         with preserved_buffers(model), torch.random.fork_rng(devices=[]):
@@ -261,7 +267,7 @@ def _stages(
     dump("report", report.to_dict())
     handle = Handle(
         report,
-        plan,
+        replace(plan, words=report.explanations()),
         sites,
         tuple(without_weights(region) for region in captured.regions),
         tuple(k for k in kernels if in_plan(k, plan)),

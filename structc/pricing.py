@@ -95,7 +95,7 @@ def _not_faster(cost: Price) -> tuple[str, str] | None:
         return None
     return "NOT_FASTER", (
         f"{cost.latency_ms:.3g} ms, the best dense kernel ({cost.baseline}) takes "
-        f"{cost.baseline_ms:.3g} ms"
+        f"{cost.baseline_ms:.3g} ms; {1 - WORTH:.0%} less is the least that is worth a fit"
     )
 
 

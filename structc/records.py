@@ -262,11 +262,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """One point of the trade between latency and quality that selection saw."""
+    """One point of the trade between latency and quality that selection saw.
+
+    Attributes:
+        latency_ms, predicted_error: of the plan, from prices and errors of its sites.
+        loss: of quality, measured on the selection part: relative, 0 is the original.
+        chosen: whether the plan was taken.
+    """
 
     latency_ms: float
     predicted_error: float
-    metric: float | None
+    loss: float | None
     chosen: bool = False
 
 
@@ -281,6 +287,7 @@ class Plan:
         points: the plans that selection compared.
         sensitivities: model output error / site output error.
         notes: sentences for the report.
+        words: for each site the paragraph of the report about it.
     """
 
     choices: Mapping[str, Choice]
@@ -290,16 +297,20 @@ class Plan:
     points: tuple[PlanPoint, ...] = ()
     sensitivities: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
 
     def explain(self, site: str) -> str:
-        """What was decided at one site, in a sentence."""
-        if site not in self.choices:
+        """What was decided at a site, what it gains and costs, and why not more.
+
+        Args:
+            site: its name, or the start of several names.
+        """
+        found = [s for s in self.choices if s == site or s.startswith(f"{site}.")]
+        if not found:
             from structc.names import no_match
 
             raise no_match("site", site, self.choices)
-        choice = self.choices[site]
-        hyper = ", ".join(f"{k} {v}" for k, v in choice.hyper.items())
-        return f"{site}: {choice.family}{f' ({hyper})' if hyper else ''}"
+        return "\n".join(self.words.get(s) or f"{s}: {self.choices[s].family}" for s in found)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         kernels = tuple(manifest["kernels"])
         places = {n: place_of(product.tree, m) for n, m in product.replaced.items()}
         kept = tuple(map(without_weights, regions))
+        plan = replace(plan, words=report.explanations())
         handle = Handle(report, plan, sites, kept, kernels, manifest["runner"], places)
         return wrap(product.tree, handle)
 

@@ -50,10 +50,15 @@ class WorkDir:
             return
         for key, value in wanted.items():
             if known.get(key) != value:
+                again = (
+                    "The inputs differ from last time: seed what is random in them. "
+                    if key == "data"
+                    else ""
+                )
                 raise ResumeMismatch(
                     f"work_dir {path} holds another conversion: {key} was {known.get(key)!r}, "
                     f"is {value!r}",
-                    hint="Delete the folder, or give another work_dir.",
+                    hint=f"{again}Delete the folder, or give another work_dir.",
                 )
 
     def get(self, name: str) -> Any | None:

@@ -663,7 +663,9 @@ def test_half_precision_move_of_a_product(approximate: tuple[Mlp, CompiledModel]
 def test_a_report_prints_and_explains(approximate: tuple[Mlp, CompiledModel]) -> None:
     _, fast = approximate
     assert "up" in str(fast.report)
-    assert fast.plan.explain("up").startswith("up: ")
+    said = fast.plan.explain("up")
+    assert said.startswith("up: ") and "over the best dense kernel" in said
+    assert fast.plan.explain("down") not in said and "cost" in said
     with pytest.raises(structc.ConfigError, match="'upp'"):
         fast.plan.explain("upp")
 

@@ -146,7 +146,7 @@ def model_plan(sites: Sites, back: Sequence[str] = ()) -> Plan:
     for name in back:
         choices[name] = Choice("dense")
     points = tuple(
-        PlanPoint(ms, err, metric, chosen=ms == 231.0)
+        PlanPoint(ms, err, 1 - metric, chosen=ms == 231.0)
         for ms, err, metric in (
             (340.0, 0.0, 1.0),
             (301.0, 0.06, 0.9991),

@@ -81,10 +81,16 @@ def report(
 def saved_report(out: Path) -> Report:
     """The report of an artifact; without its weights, so without torch.
 
-    Errors: :class:`ArtifactCorrupt` if it is missing, altered or no report.
+    Errors: :class:`ConfigError` if there is no such folder; :class:`ArtifactCorrupt` if the report
+        is missing, altered or none.
     """
     from structc.report import Report
 
+    if not out.is_dir():
+        raise ConfigError(
+            f"{out}: there is no such folder",
+            hint="Give the folder that `structc convert -o` wrote.",
+        )
     if not (out / MANIFEST).is_file():
         raise ArtifactCorrupt(
             f"{out} is no structc artifact: {MANIFEST} is missing",

@@ -141,7 +141,7 @@ def convert(
         if place.has_work:
             note(f"continuing the work in {place.work}")
         with place.work_in_progress():
-            source = load_source(model, text, trust=trust)
+            source = load_source(model, text, trust=trust, seed=seed)
             _tell(source)
             options |= {"budget": _with_metric(allowed, source), "config": forced, "seed": seed}
             return _convert(source, place, options, overwrite=overwrite)
@@ -234,6 +234,8 @@ def parse_budget(text: str) -> Budget:
     """A budget from the command line; ``exact`` spends nothing."""
     from structc.budget import Budget
 
+    if not text.strip():
+        raise ConfigError("--budget is empty", hint="exact spends nothing; or max_drop=1%.")
     return Budget() if text.strip() == "exact" else Budget.parse(text)
 
 

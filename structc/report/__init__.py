@@ -61,6 +61,12 @@ class Report:
         """The outcome in a sentence."""
         return str(self.data["headline"])
 
+    def explanations(self) -> dict[str, str]:
+        """For each linear site what was decided there, and why, in a paragraph."""
+        from structc.report.explain import explanations
+
+        return explanations(self.to_dict())
+
     def layer_status(self) -> list[dict[str, Any]]:
         """One flat dict a linear site: ``pandas.DataFrame(report.layer_status())``."""
         return [_flat(site) for site in self.data["sites"]]
@@ -169,7 +175,7 @@ def build_report(
         "headline": "",
         "tier": "none" if plan is None else collect.tier(rows, sites),
         "summary": summary,
-        "budgets": whole.budgets_data(asked, summary, verified),
+        "budgets": whole.budgets_data(asked, summary, verified, latency),
         "latency": latency,
         "time_elsewhere": {
             k: collect.finite(v) or 0.0 for k, v in time_share.items() if k not in names

@@ -230,15 +230,15 @@ def _panel(name: str, points: Sequence[tuple[float, float, Json]], x: Axis, y: A
 
 
 def pareto(plan: Json, metric_name: str) -> tuple[str, bool]:
-    """Plans that selection compared: latency against the metric, or the predicted error.
+    """Plans that selection compared: latency against the loss of quality, or the predicted error.
 
     Returns:
-        The plot, empty if there are fewer than two plans, and whether it shows the metric.
+        The plot, empty if there are fewer than two plans, and whether it shows the loss.
     """
     points = [p for p in plan["points"] if p["latency_ms"] is not None]
-    measured = [p for p in points if p["metric"] is not None]
+    measured = [p for p in points if p["loss"] is not None]
     by_metric = len(measured) >= 2
-    key = "metric" if by_metric else "predicted_error"
+    key = "loss" if by_metric else "predicted_error"
     shown = measured if by_metric else [p for p in points if p[key] is not None]
     if len(shown) < 2:
         return "", by_metric
@@ -246,11 +246,12 @@ def pareto(plan: Json, metric_name: str) -> tuple[str, bool]:
     x = Axis(*_spread_out([p["latency_ms"] for p in shown]), 64, 700)
     y = Axis(*_spread_out([p[key] for p in shown]), 236, 14)
     line = " ".join(f"{x.at(p['latency_ms']):.1f},{y.at(p[key]):.1f}" for p in shown)
+    what = f"loss of {escape(metric_name or 'quality')}" if by_metric else "predicted error"
     shapes = [_grid(x, y, lambda t: f"{t:g}", lambda t: f"{t:.4g}")]
     shapes.append(f'<polyline class="curve" points="{line}"/>')
     for p in shown:
         px, py = x.at(p["latency_ms"]), y.at(p[key])
-        title = f"{ms(p['latency_ms'])}, {metric_name if by_metric else 'error'} {number(p[key])}"
+        title = f"{ms(p['latency_ms'])}, {what} {number(p[key])}"
         kind = "plan chosen" if p["chosen"] else "plan"
         shapes.append(
             f'<g class="{kind}"><title>{escape(title)}</title>'
@@ -260,7 +261,6 @@ def pareto(plan: Json, metric_name: str) -> tuple[str, bool]:
             shapes.append(
                 f'<text class="chosen-text" x="{px + 12:.1f}" y="{py + 16:.1f}">chosen</text>'
             )
-    what = escape(metric_name or "metric") if by_metric else "predicted error"
     shapes.append(
         '<text class="axis" x="382" y="272">predicted time of the linear layers, ms</text>'
         f'<text class="axis" transform="translate(12 125) rotate(-90)">{what}</text>'

@@ -66,12 +66,12 @@ _LATENCY = {
     **dict.fromkeys(("ours", "best_dense"), FLAG),
 }
 _SUMMARY = {
-    **dict.fromkeys(("sites", "rewritten", "rolled_back", "could_be_faster"), WHOLE),
+    **dict.fromkeys(("sites", "rewritten", "replaced", "rolled_back", "could_be_faster"), WHOLE),
     **dict.fromkeys(("latency_ms", "best_dense_ms", "speedup"), MAYBE),
     **dict.fromkeys(("metric_kept", "params_kept"), MAYBE),
     "best_dense": TEXT,
 }
-_POINT = {"latency_ms": MAYBE, "predicted_error": MAYBE, "metric": MAYBE, "chosen": FLAG}
+_POINT = {"latency_ms": MAYBE, "predicted_error": MAYBE, "loss": MAYBE, "chosen": FLAG}
 _PLAN = {
     **dict.fromkeys(("predicted_ms", "dense_ms", "predicted_error"), MAYBE),
     "points": [_POINT],
@@ -81,7 +81,7 @@ _VERIFICATION = {
     **dict.fromkeys(("error", "tolerance", "metric_dense", "metric_compiled", "max_drop"), MAYBE),
     **dict.fromkeys(("diverged", "held"), FLAG),
     **dict.fromkeys(("metric_name", "runner"), TEXT),
-    "calls": WHOLE,
+    **dict.fromkeys(("calls", "replaced"), WHOLE),
     "rolled_back": [TEXT],
     "notes": [TEXT],
 }

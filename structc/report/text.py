@@ -73,12 +73,18 @@ def _title(text: str, more: str = "") -> Text:
     return Text.assemble("\n", (text, "bold"), (f"  {more}" if more else "", "dim"))
 
 
+LEAST_NAME, LEAST_WORDS = 30, 22
+"""Columns that names keep, and that words which may wrap take at least."""
 _GAP = 3
 """Columns of space between two cells of a table without lines."""
 
 
 def _table(
-    columns: Sequence[str], rows: Sequence[Sequence[str | Text]], width: int, right: str = ""
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    width: int,
+    right: str = "",
+    wrapped: str = "",
 ) -> Table:
     """A quiet table whose first column, names, takes what the others leave.
 
@@ -87,6 +93,7 @@ def _table(
         rows: cells; a :class:`Text` keeps its style.
         width: of the console.
         right: headings of the columns to align right, separated by bars.
+        wrapped: heading of a column of words that may take several lines.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
     for name in columns:
@@ -96,6 +103,11 @@ def _table(
     cells = [[c if isinstance(c, Text) else Text(c) for c in row] for row in rows]
     others = zip(*([Text(c) for c in columns], *cells), strict=True)
     widths = [max(c.cell_len for c in column) for column in others][1:]
+    for at, name in enumerate(columns[1:]):
+        if name == wrapped and sum(widths) + _GAP * len(widths) > width - LEAST_NAME:
+            widths[at] = min(widths[at], LEAST_WORDS)
+            table.columns[at + 1].no_wrap = False
+            table.columns[at + 1].max_width = widths[at]
     room = max(width - sum(widths) - _GAP * len(widths), 16)
     for column, needed in zip(table.columns[1:], widths, strict=True):
         column.min_width = min(needed, max(8, (width - 16) // 3))
@@ -181,7 +193,10 @@ def _sites(data: Json, groups: Sequence[view.Group], width: int) -> Iterator[Tex
         order = sorted(range(len(groups)), key=lambda i: -_weight(groups[i]))
         kept = [groups[i] for i in sorted(order[:_MOST_GROUPS])]
     n = count(len(data["sites"]), "site")
-    yield _title("Linear layers", f"{n} in {count(len(groups), 'group')}; times are sums")
+    yield _title(
+        "Linear layers",
+        f"{n} in {count(len(groups), 'group')}; times are sums of kernels timed alone",
+    )
     roomy = width >= 120
     word = "fastest form" if data["kind"] == "inspect" else "choice"
     rows = []
@@ -192,7 +207,7 @@ def _sites(data: Json, groups: Sequence[view.Group], width: int) -> Iterator[Tex
         cells += [times(g.speedup), percent(g.params_kept), g.error_range]
         rows.append([Text(c, "" if g.changed else "dim") for c in cells])
     columns = ["layer", *(["in → out", "rows"] if roomy else []), word, "ms", "speedup", "params"]
-    yield _table([*columns, "error"], rows, width, "rows|ms|speedup|params|error")
+    yield _table([*columns, "error"], rows, width, "rows|ms|speedup|params|error", word)
     if len(kept) < len(groups):
         rest = count(len(groups) - len(kept), "more group")
         yield Text(f"{rest} with less time: see the HTML or JSON report", "dim")

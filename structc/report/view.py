@@ -235,7 +235,7 @@ _BUDGETS = {
     "params": ("parameters", "at most {limit} of those in linear layers", "{value} are left"),
     "never_slower": (
         "speed",
-        "never slower than the best dense version",
+        "never slower than the best dense version, but for noise of timing",
         "it takes {value} of that time",
     ),
 }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from structc.report.data import Json, finite, plain, ratio
+from structc.report.words import noise
 
 if TYPE_CHECKING:
     from structc.records import Plan, Profile, Verification
@@ -67,6 +68,7 @@ def verification_data(v: Verification | None) -> Json | None:
         "held": bool(v.held),
         "calls": v.calls,
         "rolled_back": list(v.rolled_back),
+        "replaced": len(v.replaced),
         "runner": v.runner,
         "notes": list(v.notes),
     }
@@ -97,6 +99,7 @@ def summary_data(rows: Sequence[Json], latency: Sequence[Json], v: Json | None) 
     return {
         "sites": len(rows),
         "rewritten": sum(r["rewritten"] for r in rows),
+        "replaced": 0 if v is None else v["replaced"],
         "rolled_back": sum(r["rolled_back"] for r in rows),
         "could_be_faster": sum(r["fastest"] is not None for r in rows),
         "latency_ms": ours["latency_ms"] if ours else None,
@@ -127,7 +130,9 @@ def share(limit: object) -> float | None:
     return number / 100 if found[2] == "%" else number
 
 
-def budgets_data(options: Mapping[str, Any], summary: Json, v: Json | None) -> list[Json]:
+def budgets_data(
+    options: Mapping[str, Any], summary: Json, v: Json | None, latency: Sequence[Json]
+) -> list[Json]:
     """What was demanded, what came, and whether it holds. Null means that it was not measured."""
     found: list[Json] = []
 
@@ -151,9 +156,5 @@ def budgets_data(options: Mapping[str, Any], summary: Json, v: Json | None) -> l
         if limit is not None:
             add(name, limit, value, None if value is None else value <= limit)
     if speed is not None:
-        add("never_slower", 1.0, speed, speed <= 1 + _NOISE)
+        add("never_slower", 1.0, speed, speed <= 1 + noise(latency))
     return found
-
-
-_NOISE = 0.03
-"""Two timings of one model in one run differ by this much on a quiet machine."""

@@ -160,15 +160,28 @@ def shape_of_name(name: str) -> str:
     return ".".join("#" if _INDEX.fullmatch(p) else p for p in name.split("."))
 
 
+_EXACT = {"metric": None, "max_drop": None, "error": None, "latency": None, "params": None}
+
+
 def headline(data: Json) -> str:
     """What came out, in a sentence."""
     if data["kind"] == "inspect":
         return _possible(data)
     summary, v = data["summary"], data["verification"]
     broken = " The budget does not hold." if v and not v["held"] else ""
-    if not summary["rewritten"]:
-        return f"Nothing was rewritten, because {_why_nothing(data)}.{broken}"
-    return f"{_speed(data)} and {_quality(data)}.{broken}"
+    if summary["rewritten"]:
+        return f"{_speed(data)} and {_quality(data)}.{broken}"
+    why = _why_nothing(data)
+    ran = bool(v) and (v["runner"] == "inductor" or summary["replaced"])
+    if ran and summary["speedup"] is not None:
+        how = "graphs compiled by Inductor" if v["runner"] == "inductor" else "other dense kernels"
+        now = f"With {how} it {_lower(_speed(data))} and {_quality(data)}"
+        return f"Every weight is as it was, because {why}. {now}.{broken}"
+    return f"Nothing was rewritten, because {why}.{broken}"
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def _possible(data: Json) -> str:
@@ -195,6 +208,8 @@ def _why_nothing(data: Json) -> str:
         back = count(summary["rolled_back"], "rewritten layer")
         return f"{back} had to go back before the budget held"
     structured = [c for s in data["sites"] for c in s["candidates"] if c["family"] != "dense"]
+    if (data["options"].get("budget") or {}) == _EXACT:
+        return "the exact tier keeps them all; a budget with max_drop or error may change them"
     if not structured and refusals:
         code, most = Counter(r["code"] for r in refusals).most_common(1)[0]
         total = count(len(refusals), "refusal")
@@ -216,11 +231,24 @@ def _speed(data: Json) -> str:
     shown = sorted(dense, key=lambda r: -(r["latency_ms"] or 0))
     before = ", ".join(f"{r['name']} {ms(r['latency_ms'])}" for r in shown)
     against = f"the best dense version ({before} → {ms(summary['latency_ms'])})"
-    if 0.98 < speed < 1.02:
-        return f"Runs as fast as {against}"
+    if abs(speed - 1) < noise(data["latency"]):
+        return f"Runs as fast as {against}, within the noise of timing"
     if speed < 1:
         return f"Runs at {times(speed)} the speed of {against}"
     return f"Runs {times(speed)} faster than {against}"
+
+
+LEAST_NOISE, MOST_NOISE = 0.02, 0.1
+
+
+def noise(latency: Sequence[Json]) -> float:
+    """How far two timings of one run may be apart and mean nothing: half of the larger spread.
+
+    >>> noise([{"ours": True, "best_dense": False, "spread": 0.09}])
+    0.045
+    """
+    spreads = [r["spread"] or 0.0 for r in latency if r["ours"] or r["best_dense"]]
+    return min(MOST_NOISE, max([LEAST_NOISE, *(s / 2 for s in spreads)]))
 
 
 def _quality(data: Json) -> str:

@@ -20,17 +20,20 @@ FORMS = (
 )
 
 
-def load_source(spec: str, text: TextOptions, *, trust: bool = False) -> Source:
+def load_source(spec: str, text: TextOptions, *, trust: bool = False, seed: int = 0) -> Source:
     """The model that an argument names.
 
     Args:
         spec: ``file.py:factory``, a folder or a ``.pt2`` file.
         text: calibration text and how to cut it; for folders only.
         trust: whether a ``.pt2`` file may be loaded, which runs code from it.
+        seed: of all random generators before the user's code runs, so that the same command sees
+            the same data.
 
     Errors: :class:`ConfigError` for anything that is none of these, missing or broken;
         :class:`CalibrationError` for unreadable text; :class:`UnsupportedModel`.
     """
+    _seed_all(seed)
     file, _, function = spec.rpartition(":")
     if file.endswith(".py"):
         from structc.sources.factory import from_factory
@@ -79,3 +82,14 @@ def _from_folder(path: Path, text: TextOptions) -> Source:
     from structc.sources.folder import from_folder
 
     return from_folder(path, text)
+
+
+def _seed_all(seed: int) -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
