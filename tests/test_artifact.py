@@ -100,13 +100,16 @@ def test_a_model_without_values_is_enough(saved: tuple[CompiledModel, Path]) -> 
     assert all(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("forced", [{}, {"_default": "low_rank"}], ids=["exact", "low_rank"])
 @pytest.mark.parametrize("name", ["functional", "encoder", "bert", "gpt2", "branches"])
 def test_kinds_of_models_come_back(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, forced: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("structc.passes.trial.EXACT_KERNELS", ())
     case = ZOO[name]
-    fast = structc.compile(case.model(), case.call(), effort="none")
+    budget = structc.Budget(error=5.0) if forced else None
+    fast = structc.compile(case.model(), case.call(), budget=budget, config=forced, effort="none")
+    assert {"low_rank"} <= {c.family for c in fast.plan.choices.values()} or not forced
     again = structc.load(fast.save(tmp_path / "out"), case.model())
     runners = [m for m in again.modules() if "_structc_runner" in m.__dict__]
     assert len(runners) == len(case.regions)

@@ -266,6 +266,8 @@ def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]
             wrong.append(f"{site.bias} is missing")
         if site.module:
             gone.add(site.weight)
+        else:  # factors have taken the place of the tensors that the module held itself
+            gone |= {n for n in (site.weight, site.bias) if n is not None and n not in saved}
     for name, have in own.items():
         if name not in gone and name not in saved:
             wrong.append(f"{name} is not in the artifact")
