@@ -86,6 +86,7 @@ def tuning_key(request: Request) -> Key:
     target = hardware.target()
     compiler = build.compiler_version(settings.current().compiler)
     plus = "+bias" if request.bias and isinstance(request.form, PackedDense) else ""
+    plus = "+parts" if request.parts else plus
     return Key(
         form=f"{request.form}{plus}",
         rows=request.rows,
@@ -105,7 +106,8 @@ def _group(request: Request) -> tuple[object, ...]:
     """Requests of one dense shape follow each other, the dense one first."""
     dense = request.dense()
     shape = (request.in_features, request.out_features, request.activation, request.bias)
-    return (str(request.dtype), *shape, request.rows, request.transposed, request != dense)
+    chain = "" if isinstance(dense.form, PackedDense) else str(dense.form)
+    return (str(request.dtype), *shape, chain, request.rows, request.transposed, request != dense)
 
 
 @dataclass

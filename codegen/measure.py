@@ -142,7 +142,7 @@ class Measurement:
     def _baseline(self, result: Sequence[Timed]) -> Baseline:
         """The fastest rival of this run; among dense kernels eager PyTorch, timed first."""
         if not self.rivals:
-            return "aten", result[0].latency_ms
+            return self.contenders[0].label, result[0].latency_ms
         times = zip(self.rivals, result, strict=False)
         ms, name = min((min(t.latency_ms, SLACK * ms), c.label) for (c, ms), t in times)
         return name, ms

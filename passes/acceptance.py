@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from structc.families import Dense
 from structc.passes import verify as V
+from structc.passes.chains import Chain, find_chains
 from structc.passes.race import Raced, race, set_way, slower
 from structc.passes.rewrite import Product
 from structc.passes.rollback import dense_plan, milder, share_kept
@@ -65,8 +68,13 @@ def verify_product(
     effort: str,
     verify: bool,
     progress: Progress,
+    fast_chains: Callable[[Sequence[Chain]], Collection[str]],
 ) -> tuple[Product, Plan, Verification]:
-    """Measure on unused data, roll back until the budget holds, then time against the baselines."""
+    """Measure on unused data, roll back until the budget holds, then time against the baselines.
+
+    Args:
+        fast_chains: the programs, of those found, whose kernel beats their parts; it is attached.
+    """
     if not verify:
         unseen = Verification(math.nan, None, "", None, None, None, True, 0)
         return product, plan, replace(unseen, replaced=frozenset(product.replaced))
@@ -75,7 +83,7 @@ def verify_product(
     notes = list(lab.quality.notes if lab.quality else ())
     if not settled.measured.held:
         notes.append("the model's own layers do not agree with it: is it deterministic?")
-    raced = _raced(lab, table, settled, effort, progress)
+    raced = _raced(lab, table, settled, effort, progress, fast_chains)
     notes += raced.notes
     way, latency = raced.way, raced.latency
     settled = replace(settled, product=raced.product)
@@ -145,10 +153,18 @@ def _measure(lab: Lab, product: Product, tolerance: float) -> Measured:
     return Measured(error, metric, dense, V.holds(lab.budget, error, tolerance, metric, dense))
 
 
-def _raced(lab: Lab, table: Table, settled: Settled, effort: str, progress: Progress) -> Raced:
+def _raced(
+    lab: Lab,
+    table: Table,
+    settled: Settled,
+    effort: str,
+    progress: Progress,
+    fast_chains: Callable[[Sequence[Chain]], Collection[str]],
+) -> Raced:
     """The product in its fastest way.
 
     Inductor gets the dense layers whose own kernel is not far ahead: it merges and fuses them.
+    Another version has whole chains as one operator.
     """
     product = settled.product
     near = {
@@ -156,19 +172,30 @@ def _raced(lab: Lab, table: Table, settled: Settled, effort: str, progress: Prog
         for site, module in product.replaced.items()
         if isinstance(module, Dense) and dense_of(table[site]).price.speedup < AHEAD
     }
-    for_inductor = product
-    if near and effort != "none" and product.runners:
-        for_inductor = lab.product(settled.plan, table, settled.untouched | near)
-    model, example = lab.captured.tree, lab.captured.example
-    raced = race(model, example, product, for_inductor, effort, progress)
+    others = [product]
+    if effort != "none" and product.runners:
+        left = settled.untouched | near
+        others = [lab.product(settled.plan, table, left)] if near else others
+        found = [c for r in others[0].runners for c in find_chains(r.region, r.view)]
+        chains = fast_chains(found) if found else ()
+        if chains:
+            others.append(lab.product(settled.plan, table, left, chains))
+    raced = race(lab.captured.tree, lab.captured.example, product, others, effort, progress)
     if raced.product is not product:
-        # the same factors with other dense kernels: measured too, for it is what is returned
-        error = lab.error(for_inductor, "verify")
+        # the same factors with other kernels: measured too, for it is what is returned
+        error = lab.error(raced.product, "verify")
         rounding = max(V.exact_tolerance(o) for o in lab.wanted("verify"))
         if error > SAME * settled.measured.error + rounding:
             set_way(product, "graph")
             note = "Inductor's version was further from the original: it is not used"
             return Raced(product, "graph", {}, (*raced.notes, note))
+    if raced.product.chains:
+        operator = torch.ops.structc.tile.default
+        graphs = [runner.region.graph.graph for runner in raced.product.runners]
+        calls = [n for g in graphs for n in g.find_nodes(op="call_function", target=operator)]
+        count = sum(str(n.args[2]) in raced.product.chains for n in calls)
+        note = f"{count} chains of layers run as one kernel each, residuals and norms included"
+        raced = replace(raced, notes=(*raced.notes, note))
     return raced
 
 

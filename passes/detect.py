@@ -167,7 +167,7 @@ def linear_uses(region: Region) -> Iterator[Use]:
             transposed=transposed,
             source=f"{region.path}:{_source(x).name}",
             activation="" if follower is None else activation_of(follower),
-            rows=_rows(x, region),
+            rows=rows_of(x, region),
         )
 
 
@@ -231,7 +231,7 @@ def _ndim(node: torch.fx.Node) -> int:
     return -1 if value is None else value.dim()
 
 
-def _rows(x: torch.fx.Node, region: Region) -> int:
+def rows_of(x: torch.fx.Node, region: Region) -> int:
     """Rows at the example's sizes; the graph knows those of the batch that was traced."""
     value = _value(x)
     assert value is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from structc.families import AbstractFamily, Dense
 from structc.passes.activation import following_activation
+from structc.passes.chains import find_chains, fuse
 from structc.passes.clone import clone_tree, replace_modules
 from structc.passes.region import Runner, attributes_of, install, view_of
 from structc.records import Captured, LinearSite, Region, Sites
@@ -29,15 +30,29 @@ class Product:
         tree: the module tree that owns all parameters.
         runners: its regions.
         replaced: the family module of each rewritten site.
+        chains: programs of whole chains that its graphs run as one operator.
     """
 
     tree: nn.Module
     runners: tuple[Runner, ...]
     replaced: Mapping[str, AbstractFamily]
+    chains: frozenset[str] = frozenset()
 
 
-def rewrite(captured: Captured, sites: Sites, modules: Mapping[str, AbstractFamily]) -> Product:
+def rewrite(
+    captured: Captured,
+    sites: Sites,
+    modules: Mapping[str, AbstractFamily],
+    chains: Collection[str] = (),
+) -> Product:
     """Put family modules in the place of sites, in a fresh clone and in copies of the graphs.
+
+    Args:
+        captured: the tree and its graphs.
+        sites: where ``modules`` go.
+        modules: by the name of their site.
+        chains: programs that become one operator wherever a graph has them
+            (:mod:`structc.passes.chains`).
 
     rewrite:      linear(x, W, b) [-> act]  -->  structc::tile(x, factors, program with bias, act)
                   linear(x, W, b) [-> act]  -->  structc::dense(x, W, b, act)
@@ -56,8 +71,13 @@ def rewrite(captured: Captured, sites: Sites, modules: Mapping[str, AbstractFami
     runners = []
     for region in captured.regions:
         graph = _rewrite_graph(region, tree, by_name, modules, places)
+        if chains:
+            rewritten = replace(region, graph=graph)
+            found = [c for c in find_chains(rewritten, graph) if str(c.program) in chains]
+            fuse(graph.graph, found)
+            graph = view_of(region.graph, tree.get_submodule(region.path), graph.graph)
         runners.append(install(tree.get_submodule(region.path), replace(region, graph=graph)))
-    return Product(tree, tuple(runners), dict(modules))
+    return Product(tree, tuple(runners), dict(modules), frozenset(chains))
 
 
 def _adopt(tree: nn.Module, site: LinearSite, module: AbstractFamily) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -76,11 +76,16 @@ class Lab:
         return self._modules[key]
 
     def product(
-        self, plan: Plan, table: Table, untouched: frozenset[str] | set[str] = frozenset()
+        self,
+        plan: Plan,
+        table: Table,
+        untouched: frozenset[str] | set[str] = frozenset(),
+        chains: Collection[str] = (),
     ) -> Product:
         """The rewritten model of a plan. Dense sites whose best kernel is PyTorch's stay.
 
         Args:
+            chains: programs that become one operator.
             untouched: dense sites that stay the user's own layers whatever their kernel.
         """
         self.untouched = frozenset(untouched)
@@ -93,7 +98,7 @@ class Lab:
                 modules[site] = made
         keep = {f"{s} {c.family} {sorted(c.hyper.items())}" for s, c in plan.choices.items()}
         self._modules = {k: m for k, m in self._modules.items() if k in keep}
-        return rewrite(self.captured, self.sites, modules)
+        return rewrite(self.captured, self.sites, modules, chains)
 
     def error(self, product: Product, part: str) -> float:
         """Largest relative output error on a part of the held-out data."""

@@ -26,6 +26,7 @@ class Handle:
         kernels: bindings ``{form, dtype, rows, kernel, config, transposed}`` that the plan uses.
         runner: ``"graph"``, ``"inductor"`` or ``"modules"``.
         replaced: for each rewritten site the name of its family module in the product.
+        chains: programs that a graph runs as one operator.
         original: the model that was compiled, as long as somebody else keeps it.
     """
 
@@ -36,6 +37,7 @@ class Handle:
     kernels: tuple[dict[str, Any], ...]
     runner: str
     replaced: dict[str, str] = field(default_factory=dict)
+    chains: frozenset[str] = frozenset()
     original: weakref.ref[nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:

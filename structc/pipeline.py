@@ -33,6 +33,7 @@ from structc.passes.acceptance import verify_product
 from structc.passes.buffers import copy_buffers, preserved_buffers
 from structc.passes.calibrate import Parts, split
 from structc.passes.capture import capture, check_supported
+from structc.passes.chains import Chain
 from structc.passes.clone import clone_tree, python_modules, set_modes
 from structc.passes.detect import detect
 from structc.passes.objective import Objectives
@@ -41,7 +42,7 @@ from structc.passes.region import without_weights
 from structc.passes.rewrite import place_of
 from structc.passes.select import Table
 from structc.passes.verify import unmet_demand
-from structc.pricing import bind_all, in_plan, price, priced_only
+from structc.pricing import bind_all, fast_chains, in_plan, price, priced_only
 from structc.records import (
     Call,
     Plan,
@@ -249,6 +250,13 @@ def _stages(
     with stage("rewrite"):
         product = lab.product(plan, table)
     dump("rewrite", [r.region for r in product.runners])
+    chain_kernels: list[dict[str, Any]] = []
+
+    def chains(found: Sequence[Chain]) -> frozenset[str]:
+        fast, bindings = fast_chains(found, options, notes)
+        chain_kernels.extend(bindings)
+        return fast
+
     with stage("verify"):
         product, plan, verification = verify_product(
             lab,
@@ -258,6 +266,7 @@ def _stages(
             effort="none" if options.effort == "recorded" else options.effort,
             verify=options.verify,
             progress=options.progress,
+            fast_chains=chains,
         )
     copy_buffers(model, product.tree)  # counters and caches moved while it was measured
     dump("verify", verification)
@@ -270,9 +279,13 @@ def _stages(
         replace(plan, words=report.explanations()),
         sites,
         tuple(without_weights(region) for region in captured.regions),
-        tuple(k for k in kernels if in_plan(k, plan)),
+        (
+            *(k for k in kernels if in_plan(k, plan)),
+            *(k for k in chain_kernels if k["form"] in product.chains),
+        ),
         verification.runner,
         {name: place_of(product.tree, module) for name, module in product.replaced.items()},
+        product.chains,
         weakref.ref(model),
     )
     return _met(wrap(product.tree, handle), unmet_demand(options.budget, plan, verification, table))

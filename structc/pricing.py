@@ -14,6 +14,7 @@ from structc.errors import InternalError
 from structc.families import BY_NAME, Dense, LowRank
 from structc.forms import PackedDense, parse_form
 from structc.options import Log, Options, Progress, forced, proposals
+from structc.passes.chains import Chain
 from structc.records import Candidate, LinearSite, Plan, Price, Refusal, Sites
 
 _BASELINES = (Dense.name, LowRank.name)
@@ -124,6 +125,50 @@ def priced_only(site: LinearSite, prices: Prices, options: Options, notes: Log) 
             form = request.form
             out.append(Candidate(name, family, dict(hyper), form.params, form.flops, error, price))
     return out
+
+
+def fast_chains(
+    chains: Sequence[Chain], options: Options, notes: Log
+) -> tuple[frozenset[str], list[dict[str, Any]]]:
+    """The programs whose kernel beats their parts, attached, and their bindings."""
+    wanted = {(c.program, c.rows, c.dtype) for c in chains}
+    requests = [Request(form, rows, dtype, False, "") for form, rows, dtype in wanted]
+    found = autotune.price(
+        sorted(requests, key=lambda r: str(r.form)),
+        effort=options.effort,
+        seconds=options.seconds,
+        progress=_named(options.progress, "chains"),
+    )
+    fast: set[str] = set()
+    bindings = []
+    for request, cost in found.items():
+        name, refusal = str(request.form), cost if isinstance(cost, Refusal) else None
+        if not isinstance(cost, Refusal) and cost.latency_ms > WORTH * cost.baseline_ms:
+            reason = f"{cost.latency_ms:.3g} ms, its parts take {cost.baseline_ms:.3g} ms"
+            refusal = Refusal("", "chain", "NOT_FASTER", f"{name}: {reason}")
+        if not isinstance(cost, Refusal) and refusal is None:
+            refusal = lower.bind(
+                request.form, request.dtype, request.rows, cost.kernel, cost.config
+            )
+        if refusal is not None:
+            notes.refusals.append(replace(refusal, family="chain"))
+            continue
+        assert not isinstance(cost, Refusal)
+        fast.add(name)
+        bindings.append(
+            {
+                "form": name,
+                "dtype": str(request.dtype).removeprefix("torch."),
+                "rows": request.rows,
+                "kernel": cost.kernel,
+                "config": dict(cost.config),
+                "transposed": False,
+                "site": "",
+                "family": "chain",
+                "hyper": {},
+            }
+        )
+    return frozenset(fast), bindings
 
 
 def bind_all(

@@ -57,7 +57,7 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
             for site in sites.linear
             if site.name in replaced
         }
-        product = rewrite(captured, sites, modules)
+        product = rewrite(captured, sites, modules, frozenset(map(str, manifest["chains"])))
         _assign(product.tree, state)
         for refusal in bind_saved(manifest["kernels"]):
             log.warning("load: %s: %s", refusal.site, refusal.reason)
@@ -66,7 +66,9 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         places = {n: place_of(product.tree, m) for n, m in product.replaced.items()}
         kept = tuple(map(without_weights, regions))
         plan = replace(plan, words=report.explanations())
-        handle = Handle(report, plan, sites, kept, kernels, manifest["runner"], places)
+        handle = Handle(
+            report, plan, sites, kept, kernels, manifest["runner"], places, product.chains
+        )
         return wrap(product.tree, handle)
 
 

@@ -89,6 +89,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         "replaced": list,
         "regions": list,
         "kernels": list,
+        "chains": list,
         "sha256": dict,
         "runner": str,
         "model": str,

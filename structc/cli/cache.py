@@ -176,7 +176,7 @@ def _job(key: Mapping[str, Any], row: Row) -> Job:
 
     form = str(key["form"])
     return Job(
-        form.removesuffix("+bias"),
+        form.removesuffix("+bias").removesuffix("+parts"),
         int(key["rows"]),
         str(key["dtype"]),
         form.endswith("+bias"),

@@ -1,0 +1,279 @@
+"""Token-local chains: everything between two attentions as one program over a tile of tokens."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from structc.forms import Act, Add, Bias, Block, Norm, Tile
+from structc.passes.activation import activation_of
+from structc.passes.detect import rows_of
+from structc.records import Region
+
+aten = torch.ops.aten
+_SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
+"""Ops that leave the features of each token as they are, where their output has as many."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One node of a chain, as steps of a program.
+
+    Attributes:
+        node: its output in the graph.
+        x: what flows through it.
+        steps: what it does to a token.
+        weights: graph nodes of the weights that the steps take.
+        added: what an :class:`Add` adds, if there is one.
+    """
+
+    node: torch.fx.Node
+    x: torch.fx.Node
+    steps: tuple[Any, ...]
+    weights: tuple[torch.fx.Node, ...] = ()
+    added: torch.fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Links that follow each other, each the only reader of the one before.
+
+    Attributes:
+        links: in their order.
+        program: all of them as one program.
+        inputs: what it starts from, and what it adds.
+        rows, dtype: of the example.
+    """
+
+    links: tuple[Link, ...]
+    program: Tile
+    inputs: tuple[torch.fx.Node, ...]
+    rows: int
+    dtype: torch.dtype
+
+    @property
+    def weights(self) -> list[torch.fx.Node]:
+        return [w for link in self.links for w in link.weights]
+
+
+def find_chains(region: Region, view: torch.fx.GraphModule) -> list[Chain]:
+    """The longest chains of a region's graph, each of a product at least and something around it.
+
+    Args:
+        region: the graph and its example.
+        view: the same graph over the tables of its owner.
+
+    A dataflow graph of links: an edge says that the second is the only reader of the first. Its
+    connected components are paths.
+    """
+    graph = region.graph.graph
+    links = {link.node: link for link in _links(graph, view)}
+    flow: nx.DiGraph[torch.fx.Node] = nx.DiGraph()
+    flow.add_nodes_from(links)
+    for link in links.values():
+        before = _through_reshapes(link.x)
+        if before in links and _only_reader(before, link):
+            flow.add_edge(before, link.node)
+    found = []
+    for part in nx.weakly_connected_components(flow):
+        ordered = [links[n] for n in nx.topological_sort(flow.subgraph(part))]
+        while ordered and not isinstance(ordered[0].steps[0], Block):
+            ordered.pop(0)  # an add or a norm that starts a chain has nothing to be fused into
+        chain = _chain(ordered, region)
+        if chain is not None:
+            found.append(chain)
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda c: order[c.links[0].node])
+
+
+def fuse(graph: torch.fx.Graph, chains: list[Chain]) -> None:
+    """Put one operator in the place of each chain.
+
+    rewrite:      linear -> act -> linear -> add(z) -> norm  -->  structc::tile([x, z], weights,
+                  program)
+    Sound because: each link is read by the next one alone, and the program is their composition on
+        one token; nothing in between mixes tokens.
+    Skips when:   a link has other readers; sizes are not those of one token's features; a weight is
+        stored transposed.
+    """
+    for chain in chains:
+        last = chain.links[-1].node
+        with graph.inserting_before(last):
+            made = graph.call_function(
+                torch.ops.structc.tile.default,
+                (list(chain.inputs), chain.weights, str(chain.program)),
+            )
+            new = graph.call_function(operator.getitem, (made, 0))
+        new.meta = dict(last.meta)
+        last.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+
+
+# ---------------------------------------------------------------------------- links
+
+
+def _links(graph: torch.fx.Graph, view: torch.fx.GraphModule) -> Iterator[Link]:
+    readers = {
+        operator.getitem: _tile_link,
+        torch.ops.structc.dense.default: _dense_link,
+        aten.linear.default: _linear_link,
+        aten.add.Tensor: _add_link,
+        aten.layer_norm.default: _norm_link,
+    }
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        read = readers.get(node.target)
+        link = read(node, view) if read is not None else _act_link(node)
+        if link is not None:
+            yield link
+
+
+def _tile_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
+    made, index = list(node.args)
+    if not isinstance(made, torch.fx.Node) or index != 0:
+        return None
+    if made.target is not torch.ops.structc.tile.default:
+        return None
+    inputs, weights, program = _args(made, 3)
+    (x,) = inputs
+    return Link(node, x, Tile.parse(str(program)).steps, tuple(weights))
+
+
+def _dense_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
+    x, weight, bias, act, transposed = _args(node, 5)
+    if transposed:
+        return None
+    m, n = _value(view, weight).shape
+    steps: list[Any] = [Block(1, m, n, 1)]
+    steps += [] if bias is None else [Bias(m)]
+    steps += [Act(str(act), m)] if act else []
+    return Link(node, x, tuple(steps), tuple(w for w in (weight, bias) if w is not None))
+
+
+def _linear_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
+    """A product that is the user's own layer, if its weights are constants."""
+    x, weight, bias = _args(node, 3)
+    weights = [w for w in (weight, bias) if w is not None]
+    if any(not isinstance(w, torch.fx.Node) or w.op != "get_attr" for w in weights):
+        return None
+    value = _value(view, weight)
+    if value.dim() != 2 or not _features(node):
+        return None
+    m, n = value.shape
+    steps = (Block(1, m, n, 1), *([] if bias is None else [Bias(m)]))
+    return Link(node, x, steps, tuple(weights))
+
+
+def _act_link(node: torch.fx.Node) -> Link | None:
+    act, n = activation_of(node), _features(node)
+    return Link(node, _args(node, 1)[0], (Act(act, n),)) if act and n else None
+
+
+def _add_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
+    x, z = _args(node, 2)
+    if not isinstance(x, torch.fx.Node) or not isinstance(z, torch.fx.Node) or node.kwargs:
+        return None
+    n = _features(node)
+    if not n or _shape(x) != _shape(z) or _shape(x) != _shape(node):
+        return None
+    if _depth(x) < _depth(z):  # the stream is what was computed last, the residual is older
+        x, z = z, x
+    return Link(node, x, (Add(n, 1),), (), z)
+
+
+def _norm_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
+    x, shape, weight, bias, eps = _args(node, 5)
+    n = _features(node)
+    if list(shape or ()) != [n] or not isinstance(weight, torch.fx.Node):
+        return None
+    if not isinstance(bias, torch.fx.Node):
+        return None
+    step = Norm(n, "layer", repr(float(1e-5 if eps is None else eps)))
+    return Link(node, x, (step,), (weight, bias))
+
+
+def _args(node: torch.fx.Node, count: int) -> list[Any]:
+    """The first positional arguments of a node; None for what is left out."""
+    return [*node.args, *(None,) * count][:count]
+
+
+def _value(view: torch.fx.GraphModule, node: Any) -> Tensor:
+    value: Tensor = operator.attrgetter(str(node.target))(view)
+    return value
+
+
+def _meta(node: torch.fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _shape(node: torch.fx.Node) -> list[str]:
+    value = _meta(node)
+    return [str(s) for s in value.shape] if isinstance(value, Tensor) else []
+
+
+def _features(node: torch.fx.Node) -> int:
+    value = _meta(node)
+    if not isinstance(value, Tensor) or value.dim() < 2 or not isinstance(value.shape[-1], int):
+        return 0
+    return value.shape[-1]
+
+
+def _depth(node: torch.fx.Node) -> int:
+    return next(at for at, other in enumerate(node.graph.nodes) if other is node)
+
+
+# ---------------------------------------------------------------------------- chains
+
+
+def _through_reshapes(node: torch.fx.Node) -> torch.fx.Node:
+    """What a node is a reshape of, tokens kept whole."""
+    while node.target in _SAME_ROWS and _is_inert(node):
+        before = node.args[0]
+        assert isinstance(before, torch.fx.Node)
+        if len(node.users) != 1 or _features(before) != _features(node):
+            return node
+        node = before
+    return node
+
+
+def _is_inert(node: torch.fx.Node) -> bool:
+    return node.target is not aten.dropout.default or node.args[2] is False
+
+
+def _only_reader(before: torch.fx.Node, link: Link) -> bool:
+    """Whether ``link`` alone reads what ``before`` gives, and as its stream."""
+    if len(before.users) != 1:
+        return False
+    return link.added is None or _through_reshapes(link.added) is not before
+
+
+def _chain(links: list[Link], region: Region) -> Chain | None:
+    """One program, or None for a lone product and for what cannot be one."""
+    if not links or (len(links) == 1 and len(links[0].steps) <= 3):
+        return None
+    inputs: list[torch.fx.Node] = [links[0].x]
+    steps: list[Any] = []
+    for link in links:
+        for step in link.steps:
+            if isinstance(step, Add):
+                assert link.added is not None
+                if link.added not in inputs:
+                    inputs.append(link.added)
+                index = inputs.index(link.added)
+                if index == 0 and step.n != steps[0].in_features:
+                    return None
+                steps.append(Add(step.n, index))
+            else:
+                steps.append(step)
+    if any(_shape(i)[:-1] != _shape(links[-1].node)[:-1] for i in inputs):
+        return None
+    first = links[0].x
+    rows, dtype = rows_of(first, region), _meta(first).dtype
+    return Chain(tuple(links), Tile(tuple(steps)), tuple(inputs), rows, dtype)
