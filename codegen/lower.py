@@ -73,8 +73,8 @@ def make(
 def _reference(form: Tile) -> ops.Kernel:
     program = str(form)
 
-    def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def run(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Tensor:
         # A program of permutations alone may give a view, which an operator may not return.
-        return ops.tile_reference(x, weights, program).contiguous()
+        return ops.tile_reference(x, weights, program, others).contiguous()
 
     return run
