@@ -7,9 +7,11 @@ every form at that shape, so that each price carries a baseline from the same mi
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 from structc import hardware, settings
 from structc.codegen import cost, tuning_db
@@ -19,7 +21,7 @@ from structc.codegen.measure import Measurement
 from structc.codegen.tuning_db import Key, Row, TuningDb
 from structc.codegen.worker_client import Worker
 from structc.errors import ConfigError
-from structc.forms import PackedDense
+from structc.forms import Act, Bias, Block, Form, PackedDense
 from structc.records import Price, Refusal
 
 __all__ = ["Request", "predict", "price", "tuning_key"]
@@ -106,8 +108,7 @@ def _group(request: Request) -> tuple[object, ...]:
     """Requests of one dense shape follow each other, the dense one first."""
     dense = request.dense()
     shape = (request.in_features, request.out_features, request.activation, request.bias)
-    chain = "" if isinstance(dense.form, PackedDense) else str(dense.form)
-    return (str(request.dtype), *shape, chain, request.rows, request.transposed, request != dense)
+    return (str(request.dtype), *shape, request.rows, request.transposed, request != dense)
 
 
 @dataclass
@@ -127,7 +128,7 @@ class _Session:
 
     def price(self, request: Request) -> Price | Refusal:
         """From the database or from a measurement; the dense kernels of the shape come first."""
-        dense = request.dense()
+        dense = self._yardstick(request)
         if dense not in self.dense:
             if self.dense:
                 self.worker.forget()
@@ -146,6 +147,22 @@ class _Session:
         found = _from_row(request, row) if row is not None else self.refusal
         # Eager PyTorch always runs: without a measurement it is what there is.
         return predict(request) if isinstance(found, Refusal) and request == dense else found
+
+    def _yardstick(self, request: Request) -> Request:
+        """The dense product of the shape; for a chain its parts, each by its best kernel."""
+        if isinstance(request.form, PackedDense) or not request.form.is_chain:
+            return request.dense()
+        kernels = []
+        for form, _ in request.form.products():
+            bias = any(isinstance(s, Bias) for s in form.steps)
+            act = form.steps[-1].fn if isinstance(form.steps[-1], Act) else ""
+            first, whole = form.steps[0], cast(Form, form)
+            if form.weights == 1 + bias and isinstance(first, Block) and first.a == first.d == 1:
+                whole = PackedDense(form.in_features, form.out_features, act)
+            found = self.price(replace(request, form=whole, bias=bias, activation=act))
+            price = predict(request) if isinstance(found, Refusal) else found
+            kernels.append([str(whole), price.kernel, dict(price.config)])
+        return replace(request, parts=json.dumps(kernels))
 
     def _find(self, request: Request, rivals: list[tuple[Contender, float]]) -> list[Row]:
         """Rows of a request with one of them chosen, or none and the reason in ``refusal``."""

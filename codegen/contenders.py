@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,7 +11,7 @@ from structc.codegen.bench import Job
 from structc.codegen.cpu.pack import PACK, parts_of
 from structc.codegen.cpu.program import LAYOUTS, Program, analyse
 from structc.codegen.cpu.tile import DEFAULT
-from structc.forms import Act, Add, Bias, Block, Form, Norm, PackedDense, Tile
+from structc.forms import Block, Form, PackedDense, Tile
 
 Config = Mapping[str, int | str]
 FEW_ROWS = 512
@@ -48,7 +48,8 @@ class Request:
         bias: whether a bias is added (part of the program for a tile form).
         activation: at the end, or ``""`` (part of the form as well).
         transposed: dense only: the weight is stored (in_features, out_features).
-        parts: a chain's own yardstick: its parts one after the other, as PyTorch runs them.
+        parts: for the yardstick of a chain: text and kernel of each of its products, which then run
+            one after the other, with PyTorch's own operators in between.
     """
 
     form: Form
@@ -57,7 +58,7 @@ class Request:
     bias: bool
     activation: str
     transposed: bool = False
-    parts: bool = False
+    parts: str = ""
 
     @property
     def in_features(self) -> int:
@@ -68,18 +69,16 @@ class Request:
         return self.form.out_features
 
     def dense(self) -> Request:
-        """What this form has to beat: the dense product, or the parts of a chain."""
+        """What this form has to beat: the dense product; a chain is held against its parts."""
         if isinstance(self.form, PackedDense) or self.parts:
             return self
-        if is_chain(self.form):
-            return replace(self, parts=True)
         form = PackedDense(self.in_features, self.out_features, self.activation)
         return Request(form, self.rows, self.dtype, self.bias, self.activation)
 
     def contenders(self, effort: str) -> list[Contender]:
         """What may serve it, the default first."""
         if self.parts:
-            return [Contender("reference")]
+            return [Contender("parts", {"kernels": self.parts})]
         if isinstance(self.form, PackedDense):
             return dense_contenders(self.form, self.rows, self.dtype, effort)
         return tile_contenders(self.form, self.rows, self.dtype, effort)
@@ -89,17 +88,6 @@ class Request:
         name = str(self.dtype).removeprefix("torch.")
         text, kernel, config = str(self.form), contender.kernel, dict(contender.config)
         return Job(text, self.rows, name, self.bias, self.transposed, kernel, config)
-
-
-def is_chain(form: Tile) -> bool:
-    """Whether a program is more than one matrix with its epilogue.
-
-    >>> is_chain(Tile.parse("block(1,2,3,1) bias(2) act(relu,2)"))
-    False
-    """
-    last = max((i for i, s in enumerate(form.steps) if isinstance(s, Block)), default=0)
-    between = any(isinstance(s, (Bias, Act)) for s in form.steps[:last])
-    return between or any(isinstance(s, (Add, Norm)) for s in form.steps)
 
 
 def dense_contenders(

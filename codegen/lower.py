@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from structc import ops
-from structc.codegen import dense
+from structc.codegen import dense, parts
 from structc.codegen.cpu import tile
 from structc.forms import Form, PackedDense, Tile
 from structc.records import Refusal
@@ -65,6 +65,8 @@ def make(
         return dense.make(form, dtype, rows, name, config, transposed=transposed)
     if name == "reference":
         return _reference(form)
+    if name == "parts":
+        return parts.make(form, config, lambda f, k, c: make(f, dtype, rows, k, c))
     if name != "tile":
         return Refusal("", name, "KERNEL", f"no kernel for tile programs is called {kernel!r}")
     return tile.make(form, config, dtype=dtype)

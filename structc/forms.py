@@ -211,6 +211,32 @@ class Tile:
         """Elements of the block factors."""
         return sum(s.a * s.b * s.c * s.d for s in self.steps if isinstance(s, Block))
 
+    def products(self) -> list[tuple[Tile, tuple[Add | Norm, ...]]]:
+        """The matrices of a chain, each with its bias and activation, and what stands behind it.
+
+        >>> form = Tile.parse("block(1,4,3,1) act(relu,4) block(1,2,4,1) add(2,1)")
+        >>> [(str(product), len(behind)) for product, behind in form.products()]
+        [('block(1,4,3,1) act(relu,4)', 0), ('block(1,2,4,1)', 1)]
+        """
+        found: list[tuple[list[Step], list[Add | Norm]]] = []
+        open_ = False
+        for step in self.steps:
+            if isinstance(step, (Add, Norm)):
+                found[-1][1].append(step)
+                open_ = False
+                continue
+            if isinstance(step, Block) and not open_:
+                found.append(([], []))
+            open_ = isinstance(step, (Block, Permute))
+            found[-1][0].append(step)
+        return [(Tile(tuple(steps)), tuple(behind)) for steps, behind in found]
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the program is more than one matrix with its bias and activation."""
+        parts = self.products()
+        return len(parts) > 1 or bool(parts[0][1])
+
     def then(self, *steps: Step) -> Tile:
         """The program followed by further steps."""
         return Tile(self.steps + steps)

@@ -1,0 +1,153 @@
+"""Chains: found where nothing else reads in between, and equal to their parts at all sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import ZOO, floats, run
+
+import structc
+from structc import pricing
+from structc.inputs import to_call
+from structc.numerics import output_error
+from structc.passes.capture import capture
+from structc.passes.chains import Chain, find_chains
+from structc.passes.detect import detect
+from structc.passes.rewrite import rewrite
+from structc.records import Captured
+
+TILE = torch.ops.structc.tile.default
+
+
+def chains_of(model: nn.Module, inputs: Any) -> tuple[Captured, list[Chain]]:
+    captured = capture(model.eval(), to_call(inputs))
+    product = rewrite(captured, detect(captured), {})
+    return captured, [c for r in product.runners for c in find_chains(r.region, r.view)]
+
+
+def fused(model: nn.Module, inputs: Any) -> tuple[nn.Module, int]:
+    """The model with every chain as one operator, and how many operators there are."""
+    captured, found = chains_of(model, inputs)
+    product = rewrite(captured, detect(captured), {}, {str(c.program) for c in found})
+    graphs = [r.region.graph.graph for r in product.runners]
+    return product.tree, sum(len(g.find_nodes(op="call_function", target=TILE)) for g in graphs)
+
+
+@pytest.mark.parametrize("name", ["bert", "encoder", "vit", "sequential", "functional"])
+def test_fused_models_give_what_they_gave(name: str) -> None:
+    case = ZOO[name]
+    model = case.model()
+    tree, count = fused(model, case.call())
+    assert count or name not in ("bert", "encoder", "vit")
+    with torch.no_grad():
+        for size in ((2, 7), *case.sizes):
+            want = run(model, case.call(*size))
+            assert output_error(run(tree, case.call(*size)), want) < 1e-5
+
+
+def test_the_chains_of_a_post_norm_encoder() -> None:
+    _, found = chains_of(ZOO["bert"].model(), ZOO["bert"].call())
+    words = [[s.word for s in c.program.steps] for c in found]
+    one = ["block", "bias", "add", "norm"]
+    assert words == [one, ["block", "bias", "act", *one]] * (len(words) // 2)
+    assert all(c.program.is_chain for c in found)
+    mlp = found[1]
+    assert len(mlp.inputs) == 1 and mlp.program.steps[-2].index == 0, "its residual is its input"
+    assert mlp.rows == 2 * 7 and mlp.dtype == torch.float32
+
+
+class Block(nn.Module):
+    """One residual block whose middle may be read by something else."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(12, 20), nn.Linear(20, 12), nn.LayerNorm(12)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self._forward(self, x)
+
+
+def read_twice(m: Any, x: Tensor) -> Any:
+    h = F.relu(m.up(x))
+    return m.norm(m.down(h) + x), h.sum()
+
+
+def broadcast(m: Any, x: Tensor) -> Any:
+    return m.norm(m.down(F.relu(m.up(x))) + x[:1])
+
+
+def over_two_dims(m: Any, x: Tensor) -> Any:
+    return F.layer_norm(m.down(F.relu(m.up(x))), (5, 12)) + x
+
+
+def itself(m: Any, x: Tensor) -> Any:
+    y = m.down(F.relu(m.up(x)))
+    return m.norm(y + y)
+
+
+def other_rows(m: Any, x: Tensor) -> Any:
+    return m.norm(m.down(F.relu(m.up(x))).transpose(0, 1) + x.transpose(0, 1))
+
+
+def mixed(m: Any, x: Tensor) -> Any:
+    return m.norm(m.down(F.relu(m.up(x)).cumsum(1)) + x)
+
+
+@pytest.mark.parametrize(
+    "forward", [read_twice, broadcast, over_two_dims, itself, other_rows, mixed]
+)
+def test_only_what_one_token_needs_is_fused(forward: Callable[[Any, Tensor], Any]) -> None:
+    torch.manual_seed(1)
+    model = Block(forward)
+    tree, _ = fused(model, floats(3, 5, 12))
+    for chain in chains_of(model, floats(3, 5, 12))[1]:
+        assert len([s for s in chain.program.steps if s.word == "block"]) <= 2
+    with torch.no_grad():
+        x = floats(3, 5, 12)
+        assert output_error(tree(x), model(x)) < 1e-5
+
+
+def accept_all(
+    chains: Sequence[Chain], options: Any, notes: Any
+) -> tuple[Collection[str], list[dict[str, Any]]]:
+    return frozenset(str(c.program) for c in chains), []
+
+
+def test_a_product_with_chains_is_verified_saved_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("structc.pipeline.fast_chains", accept_all)
+    monkeypatch.setattr("structc.passes.race._beats", lambda *_: True)
+    monkeypatch.setattr("structc.passes.race.slower", lambda *_: False)
+    case = ZOO["bert"]
+    model = case.model()
+    fast = structc.compile(model, case.call(), effort="quick")
+    if not fast.structc.chains:
+        pytest.skip("the version without chains was faster this time")
+    assert any("run as one kernel each" in n for n in fast.report.data["notes"])
+    again = structc.load(fast.save(tmp_path / "out"), case.model())
+    assert again.structc.chains == fast.structc.chains
+    with torch.no_grad():
+        for size in ((2, 7), (3, 5)):
+            want = run(model, case.call(*size))
+            for twin in (fast, again):
+                assert output_error(run(twin, case.call(*size)), want) < 1e-5
+
+
+def test_chains_are_priced_against_their_parts() -> None:
+    from structc.options import Log, resolve
+
+    _, found = chains_of(ZOO["bert"].model(), ZOO["bert"].call())
+    notes = Log()
+    fast, bindings = pricing.fast_chains(found, resolve(effort="quick"), notes)
+    assert {b["form"] for b in bindings} == fast
+    refused = [r for r in notes.refusals if r.family == "chain"]
+    assert len(fast) + len(refused) == len({str(c.program) for c in found})
+    assert all(r.code == "NOT_FASTER" and "its parts take" in r.reason for r in refused)
