@@ -139,7 +139,7 @@ class _Session:
             if not rivals:
                 why = self.without[dense].reason
                 return _refuse(f"no dense baseline was timed for {request.form}: {why}")
-            rows = self._find(request, rivals)
+            rows = self._find(request, rivals, dense)
             self.siblings.setdefault(_kind(request), rows)
         else:
             rows = self.dense[dense]
@@ -164,7 +164,12 @@ class _Session:
             kernels.append([str(whole), price.kernel, dict(price.config)])
         return replace(request, parts=json.dumps(kernels))
 
-    def _find(self, request: Request, rivals: list[tuple[Contender, float]]) -> list[Row]:
+    def _find(
+        self,
+        request: Request,
+        rivals: list[tuple[Contender, float]],
+        against: Request | None = None,
+    ) -> list[Row]:
         """Rows of a request with one of them chosen, or none and the reason in ``refusal``."""
         key = tuning_key(request)
         recorded = self.effort == "recorded"
@@ -177,7 +182,7 @@ class _Session:
             self.refusal = _refuse(f"the {self.seconds:g} s for tuning ran out")
             return []
         likely = self._likely(request)
-        measurement = Measurement(self.worker, request, likely, rivals, self.effort)
+        measurement = Measurement(self.worker, request, likely, rivals, self.effort, against)
         rows = measurement.run()
         if any(r.effort for r in rows):
             self.db.put(key, rows)

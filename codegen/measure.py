@@ -51,6 +51,7 @@ class Measurement:
         rivals: dense kernels to beat, with what they took among themselves, in milliseconds; empty
             while that is being found.
         effort: ``"quick"`` or ``"full"``.
+        against: what the rivals compute, if it is not the dense product of the shape.
         refused: contenders that failed their check or took the worker down.
     """
 
@@ -59,6 +60,7 @@ class Measurement:
     contenders: Sequence[Contender]
     rivals: Sequence[tuple[Contender, float]]
     effort: str
+    against: Request | None = None
     refused: list[tuple[Contender, Refusal]] = field(default_factory=list)
 
     def run(self) -> list[Row]:
@@ -102,7 +104,8 @@ class Measurement:
 
     def _time(self, able: Able, rounds: int) -> tuple[Baseline | None, Results]:
         """The baseline and everybody's time; what kills the worker drops out of ``able``."""
-        yardstick = [self.request.dense().job(c) for c, _ in self.rivals]
+        against = self.against or self.request.dense()
+        yardstick = [against.job(c) for c, _ in self.rivals]
         while able:
             jobs = [*yardstick, *(self.request.job(c) for c, _ in able)]
             once_s = (sum(ms for _, ms in able) + able[0][1] * len(yardstick)) / 1e3

@@ -164,7 +164,7 @@ def _raced(
     """The product in its fastest way.
 
     Inductor gets the dense layers whose own kernel is not far ahead: it merges and fuses them.
-    Another version has whole chains as one operator.
+    Chains that are far ahead of their parts are one operator for it.
     """
     product = settled.product
     near = {
@@ -172,15 +172,17 @@ def _raced(
         for site, module in product.replaced.items()
         if isinstance(module, Dense) and dense_of(table[site]).price.speedup < AHEAD
     }
-    others = [product]
+    for_inductor = product
     if effort != "none" and product.runners:
         left = settled.untouched | near
-        others = [lab.product(settled.plan, table, left)] if near else others
-        found = [c for r in others[0].runners for c in find_chains(r.region, r.view)]
+        if near:
+            for_inductor = lab.product(settled.plan, table, left)
+        found = [c for r in for_inductor.runners for c in find_chains(r.region, r.view)]
         chains = fast_chains(found) if found else ()
         if chains:
-            others.append(lab.product(settled.plan, table, left, chains))
-    raced = race(lab.captured.tree, lab.captured.example, product, others, effort, progress)
+            for_inductor = lab.product(settled.plan, table, left, chains)
+    model, example = lab.captured.tree, lab.captured.example
+    raced = race(model, example, product, for_inductor, effort, progress)
     if raced.product is not product:
         # the same factors with other kernels: measured too, for it is what is returned
         error = lab.error(raced.product, "verify")

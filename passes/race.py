@@ -47,7 +47,7 @@ def race(
     model: nn.Module,
     example: Call,
     product: Product,
-    others: Sequence[Product],
+    for_inductor: Product,
     effort: str,
     progress: Callable[[str, int, int], None],
 ) -> Raced:
@@ -60,8 +60,7 @@ def race(
         model: the dense original.
         example: the call to time.
         product: how it runs without Inductor.
-        others: versions of the same values for Inductor: with more dense products left to it, with
-            chains as one operator.
+        for_inductor: the same values, with more dense products left to Inductor, and with chains.
         effort: ``"none"`` times nothing.
     """
     if effort == "none":
@@ -69,7 +68,7 @@ def race(
     notes: list[str] = []
     progress("baselines", 0, 3)
     start = time.monotonic()
-    product, way = _fastest(example, product, others, notes)
+    product, way = _fastest(example, product, for_inductor, notes)
     log.info("Inductor and the choice of a way took %.1f s", time.monotonic() - start)
     progress("baselines", 1, 3)
     dense, more = baselines(model, example, compiled=True)
@@ -100,7 +99,7 @@ def _settled(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def _fastest(
-    example: Call, product: Product, others: Sequence[Product], notes: list[str]
+    example: Call, product: Product, for_inductor: Product, notes: list[str]
 ) -> tuple[Product, str]:
     if not product.runners:
         return product, "modules"
@@ -109,21 +108,15 @@ def _fastest(
         "graph": _way(product, example, active=True, compiled=plain),
         "modules": _way(product, example, active=False, compiled=plain),
     }
-    compiled: dict[str, tuple[Product, list[Frozen]]] = {}
-    for version in others:
-        frozen = _frozen(version, notes)
-        if frozen is not None:
-            name = "inductor with chains" if version.chains else "inductor"
-            compiled[name] = version, frozen
-            ways[name] = _way(version, example, active=True, compiled=frozen)
+    frozen = _frozen(for_inductor, notes)
+    if frozen is not None:
+        ways["inductor"] = _way(for_inductor, example, active=True, compiled=frozen)
     timed = interleaved(ways, rounds=WAY_ROUNDS, min_sample_ms=5.0)
     log.info("ways: %s", {name: round(t.latency_ms, 3) for name, t in timed.items()})
     way = "graph" if timed["graph"].latency_ms <= timed["modules"].latency_ms else "modules"
-    best = min(compiled, key=lambda name: timed[name].latency_ms, default=None)
-    if best is not None and _beats(timed[best], timed[way]):
-        chosen, frozen = compiled[best]
-        set_way(chosen, "inductor", frozen)
-        return chosen, "inductor"
+    if frozen is not None and _beats(timed["inductor"], timed[way]):
+        set_way(for_inductor, "inductor", frozen)
+        return for_inductor, "inductor"
     set_way(product, way)
     return product, way
 
