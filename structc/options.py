@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from structc import names
+from structc.boundary import check_interrupt
 from structc.budget import Budget
 from structc.codegen.autotune import EFFORTS
 from structc.errors import ConfigError
@@ -134,6 +135,7 @@ class Log:
             yield
         finally:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+        check_interrupt()
 
 
 def keep(sites: Sites, options: Options, notes: Log) -> Sites:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import signal
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -671,6 +674,23 @@ def test_a_report_prints_and_explains(approximate: tuple[Mlp, CompiledModel]) ->
 
 
 # ---------------------------------------------------------------------------- interruption
+
+
+def test_an_interrupt_that_somebody_swallows_still_counts(tmp_path: Path) -> None:
+    """Python drops what a signal handler raises inside a destructor or a library's callback."""
+
+    def swallow(stage: str, done: int, total: int) -> None:
+        if stage == "calibrate":
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(0.01)
+
+    before = signal.getsignal(signal.SIGINT)
+    options = {**APPROXIMATE, "work_dir": tmp_path / "work"}
+    with pytest.raises(structc.Interrupted):
+        structc.compile(mlp(), inputs(512), progress=swallow, **options)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert structc.compile(mlp(), inputs(512), **options).plan.choices
 
 
 def interrupted_at(n: int) -> Callable[[str, int, int], None]:
