@@ -676,7 +676,15 @@ def test_a_report_prints_and_explains(approximate: tuple[Mlp, CompiledModel]) ->
 # ---------------------------------------------------------------------------- interruption
 
 
-def test_an_interrupt_that_somebody_swallows_still_counts(tmp_path: Path) -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a run in the background of a script does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_somebody_swallows_still_counts(ctrl_c: None, tmp_path: Path) -> None:
     """Python drops what a signal handler raises inside a destructor or a library's callback."""
 
     def swallow(stage: str, done: int, total: int) -> None:
