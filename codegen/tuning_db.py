@@ -259,6 +259,11 @@ class TuningDb:
         valid = [(text, row) for text, row in pairs if text is not None and row is not None]
 
         def write(db: sqlite3.Connection) -> int:
+            for text, row in valid:
+                if row.effort:  # its choice takes over from the one here
+                    db.execute(
+                        f"UPDATE {_TABLE} SET effort = '' WHERE key_hash = ?", (_hash(text),)
+                    )
             _insert(db, valid)
             return len(valid)
 

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -336,6 +336,12 @@ def _site(
         reason = f"its {len(item.uses)} uses differ in orientation or bias"
         refusals.append(Refusal(item.module or weight, "detect", "MIXED", reason))
         return None
+    tied = _tied(captured.tree, weight, tensor)
+    alone = module is not None or tied  # a tied weight stays dense
+    read = "" if alone else _read_elsewhere(captured, weight, bias, uses)
+    if read:
+        refusals.append(Refusal(weight, "detect", "READ", f"{read} is read by other code too"))
+        return None
     if module is None and bias is not None and not _owns_bias(found, weight, bias):
         reason = "its bias serves other products too, or lives in another module"
         refusals.append(Refusal(weight, "detect", "BIAS", reason))
@@ -346,7 +352,7 @@ def _site(
         tags.add("functional")
     if transposed:
         tags.add("transposed")
-    if _tied(captured.tree, weight, tensor):
+    if tied:
         tags.add("tied")
     rows = captured.leaf_rows.get(item.module, 0) or max((u.rows for u in uses), default=1)
     return LinearSite(
@@ -369,6 +375,36 @@ def _site(
 def _analysis_only(captured: Captured, use: Use) -> bool:
     """Whether the use was read in the analysis graph; a region of the same path never exists."""
     return use.ref.region == "" and all(r.path != "" for r in captured.regions)
+
+
+def _read_elsewhere(captured: Captured, weight: str, bias: str | None, uses: Sequence[Use]) -> str:
+    """A tensor of a product without a module that something beside the product reads, or ``""``.
+
+    Factors take its place: what else is computed from it would be computed from another matrix.
+    """
+    every = list(captured.tree.named_parameters(remove_duplicate=False))
+    for name in (n for n in (weight, bias) if n is not None):
+        tensor = operator.attrgetter(name)(captured.tree)
+        aliases = [n for n, other in every if other is tensor and n != name]
+        if aliases:
+            return aliases[0]
+        own = {use.ref for use in uses}
+        for region in captured.regions:
+            for node in region.graph.graph.find_nodes(op="get_attr"):
+                if _full(region, str(node.target)) != name:
+                    continue
+                if any(NodeRef(region.path, u.name) not in own for u in _final_readers(node)):
+                    return name
+    return ""
+
+
+def _final_readers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """What reads a constant, through transpositions."""
+    for user in node.users:
+        if user.target in _TRANSPOSES:
+            yield from _final_readers(user)
+        else:
+            yield user
 
 
 def _owns_bias(found: Mapping[str, Found], weight: str, bias: str) -> bool:
