@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -85,8 +85,8 @@ def detect(captured: Captured) -> Sites:
     runnable = {region.path for region in captured.regions}
     sites = [
         site
-        for weight in found
-        if (site := _site(captured, weight, found, groups, runnable, refusals)) is not None
+        for weight, item in found.items()
+        if (site := _site(captured, weight, item, groups, runnable, refusals)) is not None
     ]
     order = {name: at for at, (name, _) in enumerate(captured.tree.named_parameters())}
     sites.sort(key=lambda s: order.get(s.weight, len(order)))
@@ -309,12 +309,11 @@ def _groups(found: dict[str, Found]) -> dict[str, str]:
 def _site(
     captured: Captured,
     weight: str,
-    found: Mapping[str, Found],
+    item: Found,
     groups: dict[str, str],
     runnable: set[str],
     refusals: list[Refusal],
 ) -> LinearSite | None:
-    item = found[weight]
     uses = [u for u in item.uses if u.ref.region in runnable and not _analysis_only(captured, u)]
     module = captured.tree.get_submodule(item.module) if item.module else None
     if module is None and not uses:
@@ -342,9 +341,8 @@ def _site(
     if read:
         refusals.append(Refusal(weight, "detect", "READ", f"{read} is read by other code too"))
         return None
-    if module is None and bias is not None and not _owns_bias(found, weight, bias):
-        reason = "its bias serves other products too, or lives in another module"
-        refusals.append(Refusal(weight, "detect", "BIAS", reason))
+    if module is None and bias and bias.rpartition(".")[0] != weight.rpartition(".")[0]:
+        refusals.append(Refusal(weight, "detect", "BIAS", "its bias lives in another module"))
         return None
     activations = {u.activation for u in uses}
     tags = set()
@@ -405,12 +403,6 @@ def _final_readers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
             yield from _final_readers(user)
         else:
             yield user
-
-
-def _owns_bias(found: Mapping[str, Found], weight: str, bias: str) -> bool:
-    """Whether a bias that is used without a module belongs to one weight, in the same module."""
-    users = {w for w, item in found.items() if any(u.bias == bias for u in item.uses)}
-    return users == {weight} and bias.rpartition(".")[0] == weight.rpartition(".")[0]
 
 
 def _own_bias(tree: nn.Module, module: nn.Module) -> str | None:

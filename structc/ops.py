@@ -15,6 +15,7 @@ compiled models also go through ``torch.compile``, AOTInductor and training.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -205,14 +206,12 @@ def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> 
     kernel = kernel_for(key, rows)
     if kernel is None or rows == 0:
         return [_fresh(tile_reference(x, weights, program, others), x)]
-    form = Tile.parse(program)
-    _check_counts(form, inputs, weights)
+    _check_counts(program, inputs, weights)
     flat = x.reshape(rows, shape[-1]).contiguous()
     if others:
-        widths = form.input_features[1:]
         wide = [
             o.expand(*shape[:-1], n or o.shape[-1]).reshape(rows, -1).contiguous()
-            for o, n in zip(others, widths, strict=True)
+            for o, n in zip(others, _counts(program)[0][1:], strict=True)
         ]
         y = kernel(flat, weights, wide)
     else:
@@ -241,25 +240,32 @@ def _fresh(y: Tensor, x: Tensor) -> Tensor:
     return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
-def _check_counts(form: Tile, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+@functools.lru_cache(maxsize=4096)
+def _counts(program: str) -> tuple[tuple[int, ...], int]:
+    """Features of each input, and how many weights; asked at every call."""
+    form = Tile.parse(program)
+    return form.input_features, form.weights
+
+
+def _check_counts(program: str, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """A kernel reads what the program says, whatever it is given: the operator looks first."""
-    x, wanted = inputs[0], len(form.input_features)
+    features, many = _counts(program)
     torch._check(
-        len(inputs) == wanted, lambda: f"structc::tile takes {wanted} inputs, got {len(inputs)}"
+        len(inputs) == len(features),
+        lambda: f"structc::tile takes {len(features)} inputs, got {len(inputs)}",
     )
     torch._check(
-        x.shape[-1] == form.in_features,
-        lambda: f"structc::tile takes {form.in_features} features, got {tuple(x.shape)}",
+        inputs[0].shape[-1] == features[0],
+        lambda: f"structc::tile takes {features[0]} features, got {tuple(inputs[0].shape)}",
     )
     torch._check(
-        len(weights) == form.weights,
-        lambda: f"structc::tile takes {form.weights} weights, got {len(weights)}",
+        len(weights) == many, lambda: f"structc::tile takes {many} weights, got {len(weights)}"
     )
 
 
 def _tile_fake(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
     x, form = inputs[0], Tile.parse(program)
-    _check_counts(form, inputs, weights)
+    _check_counts(program, inputs, weights)
     return [x.new_empty(*x.shape[:-1], form.out_features)]
 
 
