@@ -206,12 +206,14 @@ def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> 
     kernel = kernel_for(key, rows)
     if kernel is None or rows == 0:
         return [_fresh(tile_reference(x, weights, program, others), x)]
-    _check_counts(program, inputs, weights)
+    features, many = _counts(program)
+    if (len(inputs), len(weights), shape[-1]) != (len(features), many, features[0]):
+        _check_counts(program, inputs, weights)  # raises
     flat = x.reshape(rows, shape[-1]).contiguous()
     if others:
         wide = [
             o.expand(*shape[:-1], n or o.shape[-1]).reshape(rows, -1).contiguous()
-            for o, n in zip(others, _counts(program)[0][1:], strict=True)
+            for o, n in zip(others, features[1:], strict=True)
         ]
         y = kernel(flat, weights, wide)
     else:
