@@ -11,7 +11,9 @@ from structc.codegen.bench import Job
 from structc.codegen.cpu.pack import PACK, parts_of
 from structc.codegen.cpu.program import LAYOUTS, Program, analyse
 from structc.codegen.cpu.tile import DEFAULT
-from structc.forms import Block, Form, PackedDense, Tile
+from structc.codegen.dense import tile_form
+from structc.forms import Form, PackedDense, Tile
+from structc.records import Refusal
 
 Config = Mapping[str, int | str]
 FEW_ROWS = 512
@@ -97,7 +99,7 @@ def dense_contenders(
     found = [Contender("aten"), Contender("onednn")]
     if dtype == torch.float32:
         found.append(Contender("mkl"))
-    if not isinstance(analyse(Tile((Block(1, 1, form.in_features, 1),)), "token", dtype), Program):
+    if isinstance(analyse(tile_form(form, bias=True), "token", dtype), Refusal):
         return found
     tiles = {_default_tile(rows)} if effort == "quick" else {16, 32, 64, 128}
     if rows > 128:

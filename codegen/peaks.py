@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 import torch
 
@@ -101,7 +100,6 @@ def _best_ms(run: ops.Kernel, x: torch.Tensor, w: torch.Tensor) -> float:
     return timed["product"].latency_ms
 
 
-@lru_cache(maxsize=1)
 def _noise(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(2, n, n, generator=generator, dtype=torch.float32, device="cpu").to(dtype)

@@ -159,11 +159,6 @@ class TuningDb:
 
         return self._access(read, [])
 
-    def get(self, key: Key, kernel: str, config: Mapping[str, int | str]) -> Row | None:
-        """The row of one configuration."""
-        found = [r for r in self.rows(key) if r.kernel == kernel and r.config == dict(config)]
-        return found[0] if found else None
-
     def chosen(self, key: Key, effort: str) -> Row | None:
         """The configuration that was chosen with at least this effort."""
         wanted = EFFORTS[EFFORTS.index(effort) :]
@@ -180,10 +175,6 @@ class TuningDb:
             raise ValueError(f"rows that no measurement can have given: {rows}")
 
         def write(db: sqlite3.Connection) -> bool:
-            if any(r.effort for r in rows):
-                db.execute(
-                    f"UPDATE {_TABLE} SET effort = '' WHERE key_hash = ?", (_hash(key.text),)
-                )
             _insert(db, [(key.text, r) for r in rows])
             return True
 
@@ -244,7 +235,7 @@ class TuningDb:
         return len(rows)
 
     def import_json(self, path: Path) -> int:
-        """Add the valid rows of an export; how many.
+        """Add the valid rows of an export that are newer than what is here; how many.
 
         Raises:
             CacheError: the file is no export, or one of another schema.
@@ -259,8 +250,9 @@ class TuningDb:
         valid = [(text, row) for text, row in pairs if text is not None and row is not None]
 
         def write(db: sqlite3.Connection) -> int:
-            _insert(db, valid)
-            return len(valid)
+            new = [(text, row) for text, row in valid if not _is_older(db, text, row)]
+            _insert(db, new)
+            return len(new)
 
         return self._access(write, 0)
 
@@ -361,7 +353,23 @@ def _select(db: sqlite3.Connection, where: str, *values: object) -> Iterator[tup
             yield text, row
 
 
+def _is_older(db: sqlite3.Connection, text: str, row: Row) -> bool:
+    """Whether the same configuration, or the choice that this one would replace, is newer here."""
+    return any(
+        known.time > row.time and (_place(known) == _place(row) or (known.effort and row.effort))
+        for key, known in _select(db, "WHERE key_hash = ?", _hash(text))
+        if key == text
+    )
+
+
+def _place(row: Row) -> tuple[str, dict[str, int | str]]:
+    return row.kernel, dict(row.config)
+
+
 def _insert(db: sqlite3.Connection, pairs: Sequence[tuple[str, Row]]) -> None:
+    """Insert or replace; a row with an effort takes its key's choice over from all others."""
+    taken = [(_hash(text),) for text, row in pairs if row.effort]
+    db.executemany(f"UPDATE {_TABLE} SET effort = '' WHERE key_hash = ?", taken)
     records = []
     for text, row in pairs:
         values = {**_plain(row), "key": text, "key_hash": _hash(text)}

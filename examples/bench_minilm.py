@@ -17,7 +17,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import nn
 import structc
 from examples.minilm import batches, embed, example, load
 from structc.inputs import to_call
-from structc.passes.verify import baselines
+from structc.passes.verify import baselines, caller
 from structc.records import Timed
 from structc.timing import interleaved
 
@@ -104,16 +104,7 @@ def together(model: nn.Module, products: Mapping[str, nn.Module], rounds: int) -
     dense, notes = baselines(model, to_call(example()), compiled=True)
     for note in notes:
         print(note, file=sys.stderr)
-    inputs = example()
-
-    def caller(product: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return product(**inputs)
-
-        return call
-
-    ours = {name: caller(product) for name, product in products.items()}
+    ours = {name: caller(product, to_call(example())) for name, product in products.items()}
     return interleaved({**dense, **ours}, rounds=rounds, min_sample_ms=5.0)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from structc.inputs import clone_call, describe, run
-from structc.numerics import float_leaves, output_error, tolerance
+from structc.numerics import output_error, rounding
 from structc.passes.buffers import preserved_buffers
 from structc.passes.guards import resize_inputs, sizes_of
 from structc.passes.region import call_graph
@@ -83,11 +82,7 @@ def _agrees(module: nn.Module, region: Region, call: Call) -> bool | None:
         except Exception as e:
             log.info("region %r fails at %s: %s", region.path, describe(call), e)
             return False
-    return output_error(got, want) <= _allowed(want)
-
-
-def _allowed(output: Any) -> float:
-    return max((tolerance(t.dtype) for t in float_leaves(output)), default=0.0)
+    return output_error(got, want) <= rounding(want)
 
 
 def _with_ranges(region: Region, ranges: dict[str, tuple[int, int]]) -> Region:

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -85,8 +85,8 @@ def detect(captured: Captured) -> Sites:
     runnable = {region.path for region in captured.regions}
     sites = [
         site
-        for weight in found
-        if (site := _site(captured, weight, found, groups, runnable, refusals)) is not None
+        for weight, item in found.items()
+        if (site := _site(captured, weight, item, groups, runnable, refusals)) is not None
     ]
     order = {name: at for at, (name, _) in enumerate(captured.tree.named_parameters())}
     sites.sort(key=lambda s: order.get(s.weight, len(order)))
@@ -309,12 +309,11 @@ def _groups(found: dict[str, Found]) -> dict[str, str]:
 def _site(
     captured: Captured,
     weight: str,
-    found: Mapping[str, Found],
+    item: Found,
     groups: dict[str, str],
     runnable: set[str],
     refusals: list[Refusal],
 ) -> LinearSite | None:
-    item = found[weight]
     uses = [u for u in item.uses if u.ref.region in runnable and not _analysis_only(captured, u)]
     module = captured.tree.get_submodule(item.module) if item.module else None
     if module is None and not uses:
@@ -336,9 +335,14 @@ def _site(
         reason = f"its {len(item.uses)} uses differ in orientation or bias"
         refusals.append(Refusal(item.module or weight, "detect", "MIXED", reason))
         return None
-    if module is None and bias is not None and not _owns_bias(found, weight, bias):
-        reason = "its bias serves other products too, or lives in another module"
-        refusals.append(Refusal(weight, "detect", "BIAS", reason))
+    tied = _tied(captured.tree, weight, tensor)
+    alone = module is not None or tied  # a tied weight stays dense
+    read = "" if alone else _read_elsewhere(captured, weight, bias, uses)
+    if read:
+        refusals.append(Refusal(weight, "detect", "READ", f"{read} is read by other code too"))
+        return None
+    if module is None and bias and bias.rpartition(".")[0] != weight.rpartition(".")[0]:
+        refusals.append(Refusal(weight, "detect", "BIAS", "its bias lives in another module"))
         return None
     activations = {u.activation for u in uses}
     tags = set()
@@ -346,7 +350,7 @@ def _site(
         tags.add("functional")
     if transposed:
         tags.add("transposed")
-    if _tied(captured.tree, weight, tensor):
+    if tied:
         tags.add("tied")
     rows = captured.leaf_rows.get(item.module, 0) or max((u.rows for u in uses), default=1)
     return LinearSite(
@@ -371,10 +375,34 @@ def _analysis_only(captured: Captured, use: Use) -> bool:
     return use.ref.region == "" and all(r.path != "" for r in captured.regions)
 
 
-def _owns_bias(found: Mapping[str, Found], weight: str, bias: str) -> bool:
-    """Whether a bias that is used without a module belongs to one weight, in the same module."""
-    users = {w for w, item in found.items() if any(u.bias == bias for u in item.uses)}
-    return users == {weight} and bias.rpartition(".")[0] == weight.rpartition(".")[0]
+def _read_elsewhere(captured: Captured, weight: str, bias: str | None, uses: Sequence[Use]) -> str:
+    """A tensor of a product without a module that something beside the product reads, or ``""``.
+
+    Factors take its place: what else is computed from it would be computed from another matrix.
+    """
+    every = list(captured.tree.named_parameters(remove_duplicate=False))
+    for name in (n for n in (weight, bias) if n is not None):
+        tensor = operator.attrgetter(name)(captured.tree)
+        aliases = [n for n, other in every if other is tensor and n != name]
+        if aliases:
+            return aliases[0]
+        own = {use.ref for use in uses}
+        for region in captured.regions:
+            for node in region.graph.graph.find_nodes(op="get_attr"):
+                if _full(region, str(node.target)) != name:
+                    continue
+                if any(NodeRef(region.path, u.name) not in own for u in _final_readers(node)):
+                    return name
+    return ""
+
+
+def _final_readers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """What reads a constant, through transpositions."""
+    for user in node.users:
+        if user.target in _TRANSPOSES:
+            yield from _final_readers(user)
+        else:
+            yield user
 
 
 def _own_bias(tree: nn.Module, module: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from structc import ops
-from structc.numerics import float_leaves, output_error, tolerance
+from structc.numerics import output_error, rounding
 from structc.passes.activation import ATEN
 from structc.passes.region import Runner, view_of
 
@@ -107,7 +107,7 @@ def freeze(runner: Runner) -> Frozen:
         frozen = Frozen(code, runner.view)
         want, got = (f(*pytree.tree_map_only(Tensor, torch.clone, leaves)) for f in (view, frozen))
     error = output_error(list(got), list(want))
-    if error > max((tolerance(t.dtype) for t in float_leaves(list(want))), default=0.0):
+    if error > rounding(list(want)):
         raise RuntimeError(f"Inductor's code moves the output by {error:.2g}")
     return frozen
 

@@ -23,7 +23,7 @@ from structc.budget import Budget
 from structc.errors import ConfigError
 from structc.inputs import clone_call, run, token_mask
 from structc.metrics import Agreement, default_for
-from structc.numerics import float_leaves, output_error, tolerance
+from structc.numerics import output_error, rounding, tolerance
 from structc.records import Call, Candidate, Plan, Verification
 
 log = logging.getLogger("structc.verify")
@@ -141,7 +141,7 @@ def worst_error(model: nn.Module, calls: Sequence[Call], wanted: Sequence[Any]) 
 
 def exact_tolerance(output: Any) -> float:
     """What counts as equal for a model's output."""
-    return max((tolerance(t.dtype) for t in float_leaves(output)), default=tolerance(torch.float32))
+    return rounding(output, otherwise=tolerance(torch.float32))
 
 
 def holds(

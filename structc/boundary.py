@@ -59,11 +59,12 @@ def _ctrl_c_is_kept() -> Iterator[None]:
         yield
     finally:
         _asked.clear()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is handle:  # user code may have put in its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def check_interrupt() -> None:
     """Raise a KeyboardInterrupt that was dropped on its way; called where a stage ends."""
-    if _asked.is_set():
+    if _asked.is_set() and threading.current_thread() is threading.main_thread():
         _asked.clear()
         raise KeyboardInterrupt

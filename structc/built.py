@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from structc import ops
 from structc.boundary import public_boundary
 from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
@@ -35,7 +36,6 @@ class Built(nn.Module):
         form: Form,
         prices: Mapping[int, Price],
         refusals: Sequence[Refusal],
-        dense: Dense | None,
         bias: Tensor | None,
         activation: str,
     ) -> None:
@@ -43,14 +43,15 @@ class Built(nn.Module):
         self.family, self.form, self.activation = family, form, activation
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.prices, self.refusals = dict(prices), tuple(refusals)
-        self._dense = dense
-        self._dense_rows = frozenset(r for r, p in self.prices.items() if _is_dense(p))
+        dense = isinstance(form, PackedDense)
+        self._dense_rows = frozenset(r for r, p in prices.items() if _is_dense(p) and not dense)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor] = ()) -> Tensor:
         """The map; a form without a family takes its weights here, in the order of its steps."""
-        if self._dense is not None and self._bucket(x) in self._dense_rows and not _graded(self, x):
-            return _dense(x, self._dense.weight, self._dense.bias, self.activation, False)
         family, bias = self.family, self.bias
+        if family is not None and self._bucket(x) in self._dense_rows and not _graded(self, x):
+            weight = ops.derived(family.factors(), "dense", lambda _: _multiplied_out(family))
+            return _dense(x, weight, family.bias, self.activation, False)
         if family is not None:
             weights, bias = family.factors(), family.bias
         if isinstance(self.form, PackedDense):
@@ -130,12 +131,7 @@ def build(
             if chosen is not None:
                 prices[r] = chosen
                 refusals += _bound(chosen, wanted[r] if chosen is ours else rivals[r], r)
-        rival = None
-        if family is not None and any(map(_is_dense, prices.values())):
-            rival = _dense_of(family)
-        return Built(
-            family, form, prices, refusals, rival, None if family is not None else own, act
-        )
+        return Built(family, form, prices, refusals, None if family is not None else own, act)
 
 
 def _rows(rows: int | Sequence[int]) -> tuple[int, ...]:
@@ -233,11 +229,8 @@ def _is_dense(price: Price) -> bool:
     return price.form.startswith("dense(")
 
 
-def _dense_of(family: AbstractFamily) -> Dense:
-    made = Dense(family.to_dense().detach().contiguous())
-    if family.bias is not None:
-        made.bias = nn.Parameter(family.bias.detach())
-    return made.requires_grad_(False)
+def _multiplied_out(family: AbstractFamily) -> Tensor:
+    return family.to_dense().detach().contiguous()
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, transposed: bool) -> Tensor:

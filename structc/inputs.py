@@ -39,6 +39,13 @@ def to_call(value: Any) -> Call:
     )
 
 
+def example_call(model: nn.Module, given: Any = None) -> Call | None:
+    """The example that was given, or one that the model brings: transformers and Lightning have
+    attributes for it."""
+    brought = (getattr(model, name, None) for name in ("dummy_inputs", "example_input_array"))
+    return next((to_call(value) for value in (given, *brought) if value is not None), None)
+
+
 def canonical(model: nn.Module, call: Call) -> Call:
     """The same call with every argument by name, in the order of the signature, defaults left out.
 

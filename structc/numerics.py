@@ -88,6 +88,11 @@ def output_error(output: Any, reference: Any, mask: Tensor | None = None) -> flo
     return worst
 
 
+def rounding(output: Any, otherwise: float = 0.0) -> float:
+    """The error of a model's output that is rounding alone; ``otherwise`` if it has no floats."""
+    return max((tolerance(t.dtype) for t in float_leaves(output)), default=otherwise)
+
+
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 

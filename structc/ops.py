@@ -15,6 +15,8 @@ compiled models also go through ``torch.compile``, AOTInductor and training.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -115,16 +117,18 @@ def derived(weights: Sequence[Tensor], tag: str, make: Callable[[Sequence[Tensor
         entry = (stamps[0], {})
         _derived[weights[0]] = entry
     found = entry[1].get(tag)
-    if found is None or found[0] != stamps[1:]:
+    same = found is not None and found[0] == stamps[1:]
+    if not same or any(r() is not w for r, w in zip(found[2], weights[1:], strict=True)):
         with torch.no_grad():
-            found = (stamps[1:], make([w.detach() for w in weights]))
+            made = make([w.detach() for w in weights])
+        found = (stamps[1:], made, [weakref.ref(w) for w in weights[1:]])
         entry[1][tag] = found
     return found[1]
 
 
 def derived_bytes() -> int:
     """Bytes that packed copies of weights take now."""
-    return sum(_bytes(v) for _, made in _derived.values() for _, v in made.values())
+    return sum(_bytes(v) for _, made in _derived.values() for _, v, _ in made.values())
 
 
 def _bytes(value: object) -> int:
@@ -202,9 +206,15 @@ def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> 
     kernel = kernel_for(key, rows)
     if kernel is None or rows == 0:
         return [_fresh(tile_reference(x, weights, program, others), x)]
+    features, many = _counts(program)
+    if (len(inputs), len(weights), shape[-1]) != (len(features), many, features[0]):
+        _check_counts(program, inputs, weights)  # raises
     flat = x.reshape(rows, shape[-1]).contiguous()
     if others:
-        wide = [o.expand(*shape[:-1], o.shape[-1]).reshape(rows, -1).contiguous() for o in others]
+        wide = [
+            o.expand(*shape[:-1], n or o.shape[-1]).reshape(rows, -1).contiguous()
+            for o, n in zip(others, features[1:], strict=True)
+        ]
         y = kernel(flat, weights, wide)
     else:
         y = kernel(flat, weights)
@@ -232,20 +242,32 @@ def _fresh(y: Tensor, x: Tensor) -> Tensor:
     return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
+@functools.lru_cache(maxsize=4096)
+def _counts(program: str) -> tuple[tuple[int, ...], int]:
+    """Features of each input, and how many weights; asked at every call."""
+    form = Tile.parse(program)
+    return form.input_features, form.weights
+
+
+def _check_counts(program: str, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """A kernel reads what the program says, whatever it is given: the operator looks first."""
+    features, many = _counts(program)
+    torch._check(
+        len(inputs) == len(features),
+        lambda: f"structc::tile takes {len(features)} inputs, got {len(inputs)}",
+    )
+    torch._check(
+        inputs[0].shape[-1] == features[0],
+        lambda: f"structc::tile takes {features[0]} features, got {tuple(inputs[0].shape)}",
+    )
+    torch._check(
+        len(weights) == many, lambda: f"structc::tile takes {many} weights, got {len(weights)}"
+    )
+
+
 def _tile_fake(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
     x, form = inputs[0], Tile.parse(program)
-    torch._check(
-        len(inputs) == len(form.input_features),
-        lambda: f"structc::tile takes {len(form.input_features)} inputs, got {len(inputs)}",
-    )
-    torch._check(
-        x.shape[-1] == form.in_features,
-        lambda: f"structc::tile takes {form.in_features} features, got {tuple(x.shape)}",
-    )
-    torch._check(
-        len(weights) == form.weights,
-        lambda: f"structc::tile takes {form.weights} weights, got {len(weights)}",
-    )
+    _check_counts(program, inputs, weights)
     return [x.new_empty(*x.shape[:-1], form.out_features)]
 
 
@@ -279,7 +301,7 @@ def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     (x, *others), weights = leaves[: ctx.streams], leaves[ctx.streams :]
     with torch.enable_grad():
         y = tile_reference(x, weights, ctx.program, others)
-    found = torch.autograd.grad(y, leaves, grads[0])
+    found = torch.autograd.grad(y, leaves, grads[0], allow_unused=True)
     return list(found[: ctx.streams]), list(found[ctx.streams :]), None
 
 

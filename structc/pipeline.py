@@ -26,7 +26,7 @@ from structc.errors import (
 )
 from structc.fitting import calibrated, fitted, reached
 from structc.hardware import target
-from structc.inputs import calibration_calls, clone_call, to_call
+from structc.inputs import calibration_calls, clone_call, example_call
 from structc.options import Log, Options, Progress, keep, resolve
 from structc.passes import trial
 from structc.passes.acceptance import verify_product
@@ -304,13 +304,8 @@ def _met(fast: CompiledModel, unmet: str | None) -> CompiledModel:
 
 def _example(model: nn.Module, example_inputs: Any) -> Call | None:
     """A call of the model, of its own tensors: a model may write to its inputs."""
-    if example_inputs is not None:
-        return clone_call(to_call(example_inputs))
-    for attribute in ("dummy_inputs", "example_input_array"):
-        value = getattr(model, attribute, None)
-        if value is not None:
-            return clone_call(to_call(value))
-    return None
+    example = example_call(model, example_inputs)
+    return None if example is None else clone_call(example)
 
 
 def _required_example(model: nn.Module, example_inputs: Any, caller: str) -> Call:

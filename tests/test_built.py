@@ -135,3 +135,20 @@ def test_two_biases_are_an_error() -> None:
     with pytest.raises(ConfigError, match="bias already"):
         structc.build(family, rows=1, bias=torch.ones(96), effort="none")
     assert "bias" in dict(structc.build(family, rows=1, effort="none").family.named_parameters())
+
+
+def test_dense_follows_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def price(requests: list[Request], **_: Any) -> dict[Request, Price | Refusal]:
+        found: dict[Request, Price | Refusal] = {}
+        for r in requests:
+            ms = 2.0 if isinstance(r.form, Tile) else 1.0
+            found[r] = Price(str(r.form), r.rows, ms, 1.0, "aten", {}, "aten", 0.0, "measured")
+        return found
+
+    monkeypatch.setattr(built.autotune, "price", price)
+    family, x = low_rank(), torch.randn(3, 64)
+    op = structc.build(family, rows=3, effort="quick")
+    with torch.no_grad():
+        for _ in range(3):
+            op.family.u.mul_(-2)
+            assert relative_error(op(x), expected(op.family, x, None, "")) < 1e-5

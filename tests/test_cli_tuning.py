@@ -140,8 +140,14 @@ def test_tune_fills_the_database_for_recorded_conversions() -> None:
     assert TuningDb().list() == rows
     assert after["sites"] == again["sites"]
     assert {c["source"] for c in after["sites"][0]["candidates"]} == {"measured"}
+
+
+def test_an_effort_in_seconds_ends() -> None:
+    Path("net.py").write_text(MODEL)
     short = run("inspect", "net.py:make", "--effort", "0.000001s", "--json")
-    assert {c["source"] for c in short["sites"][0]["candidates"]} == {"measured"}
+    assert {c["source"] for c in short["sites"][0]["candidates"]} == {"predicted"}
+    assert any("for tuning ran out" in r["reason"] for r in short["refusals"])
+    assert TuningDb().list() == []
 
 
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -729,6 +729,24 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_another_metric_of_the_same_name_is_another_conversion(tmp_path: Path) -> None:
+    def quality(model: nn.Module) -> float:
+        return 1.0
+
+    first, old = quality, quality.__name__
+
+    def quality(model: nn.Module) -> float:  # type: ignore[no-redef]
+        return 2.0
+
+    assert quality.__name__ == old
+    options = {**APPROXIMATE, "work_dir": tmp_path}
+    for metric in (first, quality):
+        options["budget"] = Budget(metric=metric, max_drop=0.1)
+        kind = structc.Interrupted if metric is first else structc.ResumeMismatch
+        with pytest.raises(kind, match="metric was" if metric is quality else ""):
+            structc.compile(mlp(), inputs(512), progress=interrupted_at(3), **options)
+
+
 def test_the_second_run_takes_up_the_first_ones_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -760,6 +778,7 @@ def test_without_a_folder_an_interruption_is_the_users_own() -> None:
         ({"ignore": ["up"]}, "ignore"),
         ({"config": {"up": None}}, "config"),
         ({"model": sequential(WIDTH, WIDTH, WIDTH)}, "model"),
+        ({"example": inputs(16)}, "data"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -771,4 +790,4 @@ def test_the_work_of_another_conversion_is_not_taken(
         structc.compile(mlp(), inputs(512), progress=interrupted_at(3), **options)
     options |= change
     with pytest.raises(structc.ResumeMismatch, match=f"{field} was"):
-        structc.compile(options.pop("model", mlp()), inputs(512), **options)
+        structc.compile(options.pop("model", mlp()), options.pop("example", inputs(512)), **options)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -498,6 +499,27 @@ def test_rolled_back_site_runs_dense_and_says_so() -> None:
     assert [c["family"] for c in row["candidates"] if c["status"] == "rolled_back"] == ["low_rank"]
     assert [c["family"] for c in row["candidates"] if c["status"] == "chosen"] == ["dense"]
     assert row["chosen_ms"] == row["dense_ms"]
+
+
+@pytest.mark.parametrize(("runner", "kernel"), [("inductor", "inductor"), ("graph", "aten")])
+def test_a_dense_layer_left_to_the_model_names_who_runs_it(runner: str, kernel: str) -> None:
+    verification = replace(model_verification(), runner=runner, replaced=frozenset())
+    rows = build(verification=verification).data["sites"]
+    dense = [r for r in rows if r["choice"]["family"] == "dense"]
+    assert dense and {r["kernel"] for r in dense} == {kernel}
+    assert {r["speedup"] for r in dense} == {1.0}
+
+
+def test_a_paragraph_for_every_site() -> None:
+    report = build()
+    said = report.explanations()
+    assert list(said) == [s["name"] for s in report.data["sites"]]
+    for site in report.data["sites"]:
+        assert ("\n  cost " in said[site["name"]]) == site["rewritten"]
+        assert all(r["reason"][:30] in said[site["name"]] for r in site["refusals"][:1])
+    plan = replace(model_plan(model_sites()[0]), words=said)
+    both = plan.explain("encoder.layer.3.attention.self")
+    assert both.count("over the best dense kernel") == 3
 
 
 def test_every_candidate_is_explained() -> None:

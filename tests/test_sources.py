@@ -47,6 +47,16 @@ def test_a_factory_may_return(write, returned: str) -> None:
     assert isinstance(source.model, nn.Linear) and source.example_inputs is not None
 
 
+def test_the_same_command_sees_the_same_data(write) -> None:
+    """An interrupted conversion is taken up by its inputs: torch.randn must give them again."""
+    body = "import random, numpy as np\ndef make(): return nn.Linear(4, 4), torch.randn(2, 4) * "
+    file = write(body + "random.random() * np.random.rand()\n")
+    one, two, other = (load_source(f"{file}:make", NOTHING, seed=s) for s in (0, 0, 1))
+    assert torch.equal(one.example_inputs, two.example_inputs)
+    assert torch.equal(one.model.weight, two.model.weight)
+    assert not torch.equal(one.example_inputs, other.example_inputs)
+
+
 def test_a_factory_may_be_a_class_or_a_model(write) -> None:
     file = write(
         "class Net(nn.Linear):\n"

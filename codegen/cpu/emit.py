@@ -59,21 +59,31 @@ def _word(layout: str, d: int, tail: str) -> str:
 
 def emit(spec: Spec) -> str:
     """The C++ source of one library, self-contained but for the C++ standard library."""
+    included = "".join(f"#include <{name}>\n" for name in _STANDARD)
+    parts = [f"// structc tile kernel {spec.name}", included, *map(_piece, pieces(spec))]
+    return "\n".join(part.rstrip("\n") + "\n" for part in [*parts, *_own(spec)])
+
+
+_STANDARD = ("cmath", "cstdint", "cstdlib", "cstring", "new")
+
+
+def pieces(spec: Spec) -> list[str]:
+    """The headers that a source is put together from, in their order."""
+    layout = ("token",) if spec.layout == "token" else ("transpose", "feature")
+    words = {part for word in spec.stages for part in word.split("+")[1:]}
+    return ["base", DTYPES[spec.dtype], *layout, *(act for act in ACTIVATIONS if act in words)]
+
+
+def _own(spec: Spec) -> list[str]:
+    """What is written for this library alone: its epilogues and its entry."""
     tails = [tuple(word.split("+")[1:]) for word in spec.stages]
-    acts = [act for act in ACTIVATIONS if any(act in tail for tail in tails)]
-    parts = [
-        f"// structc tile kernel {spec.name}",
-        "".join(
-            f"#include <{name}>\n" for name in ("cmath", "cstdint", "cstdlib", "cstring", "new")
-        ),
-        _piece("base"),
-        _piece(DTYPES[spec.dtype]),
-        *map(_piece, ("token",) if spec.layout == "token" else ("transpose", "feature")),
-        *map(_piece, acts),
-        *(_tail(tail) for tail in dict.fromkeys(tails)),
-        _entry(spec, [_name(tail) for tail in tails]),
-    ]
-    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+    return [*map(_tail, dict.fromkeys(tails)), _entry(spec, [_name(tail) for tail in tails])]
+
+
+def outline(spec: Spec) -> str:
+    """The source with the name of each header in place of its text, for people and golden files."""
+    named = [f"// {name}.h" for name in pieces(spec)]
+    return "\n".join(part.rstrip("\n") + "\n" for part in ["\n".join(named), *_own(spec)])
 
 
 def _piece(name: str) -> str:

@@ -27,35 +27,36 @@ class Prepared:
 
     def __init__(self, tag: str, pack: Callable[[Sequence[Tensor]], Tensor]) -> None:
         self.tag, self.pack = tag, pack
-        self._known: dict[tuple[int, ...], _Copy] = {}
+        self._known: dict[int, _Copy] = {}
 
     def address(self, weights: Sequence[Tensor]) -> tuple[int, Tensor]:
         """Where the copy of some weights lies, and the copy, which the caller keeps alive."""
-        if any(w.is_inference() for w in weights):  # have no version: packed for this call alone
-            packed = self.pack(weights)
-            return packed.data_ptr(), packed
-        names = tuple(map(id, weights))
-        known = self._known.get(names)
+        name = id(weights[0])
+        known = self._known.get(name)
         if known is not None and known.is_of(weights):
             return known.address, known.packed
         packed = ops.derived(weights, self.tag, self.pack)
-        table = self._known
-        references = tuple(weakref.ref(w, lambda _: table.pop(names, None)) for w in weights)
-        stamps = tuple((w._version, w.data_ptr()) for w in weights)
-        table[names] = _Copy(references, stamps, packed, packed.data_ptr())
+        if not any(w.is_inference() for w in weights):  # those have no version, and no copy is kept
+            table = self._known
+            stamps = [
+                (weakref.ref(w, lambda _: table.pop(name, None)), w._version, w.data_ptr())
+                for w in weights
+            ]
+            table[name] = _Copy(tuple(stamps), packed, packed.data_ptr())
         return packed.data_ptr(), packed
 
 
 @dataclass(frozen=True, eq=False)
 class _Copy:
-    references: tuple[weakref.ref[Tensor], ...]
-    stamps: tuple[tuple[int, int], ...]
+    stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]
     packed: Tensor
     address: int
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
-        for weight, reference, stamp in zip(weights, self.references, self.stamps, strict=True):
-            if reference() is not weight or stamp != (weight._version, weight.data_ptr()):
+        for weight, (reference, version, pointer) in zip(weights, self.stamps, strict=True):
+            if reference() is not weight or version != weight._version:
+                return False
+            if pointer != weight.data_ptr():
                 return False
         return True
 

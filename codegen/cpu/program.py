@@ -196,6 +196,8 @@ def _unserved(program: Program, layout: str, dtype: torch.dtype) -> Refusal | No
     if min(min(_shape(b)) for b in blocks) < 1:
         return _refuse("EMPTY", "a block factor without elements has no emitted kernel")
     for before, stage in zip(program.stages, program.stages[1:], strict=False):
+        if stage.shuffled and layout == "token" and stage.block.d > 1:
+            return _refuse("STRIDED", "a shuffle stands before a factor with d > 1")
         if stage.shuffled and layout == "token" and stage.block.c % before.block.a:
             return _refuse(
                 "SPLIT",

@@ -60,6 +60,9 @@ class TileKernel:
     sizes: ctypes.Array[ctypes.c_int64]
     places: tuple[tuple[int, Prepared, tuple[int, ...]], ...]
     """Where each packed copy goes among the pointers, how it is made, and of which weights."""
+    streams: type[ctypes.Array[ctypes.c_void_p]]
+    vectors: type[ctypes.Array[ctypes.c_void_p]]
+    """Arrays of pointers to the inputs, and to the vectors of all stages."""
 
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()
@@ -75,13 +78,13 @@ class TileKernel:
         self, x: Tensor, weights: Sequence[Tensor], y: Tensor, others: Sequence[Tensor] = ()
     ) -> None:
         """Write the product to ``y``, contiguous; all of it is written."""
-        inputs = (ctypes.c_void_p * (1 + len(others)))(x.data_ptr(), *map(Tensor.data_ptr, others))
-        pointers = (ctypes.c_void_p * (VECTORS * len(self.program.stages)))()
+        pointers = self.vectors()
         alive = []  # a copy that was made for this call alone
         for at, copy, sources in self.places:
             pointers[at], packed = copy.address([weights[i] for i in sources])
             alive.append(packed)
-        failed = self.function(inputs, pointers, y.data_ptr(), x.shape[0], self.sizes)
+        streams = self.streams(x.data_ptr(), *map(Tensor.data_ptr, others))
+        failed = self.function(streams, pointers, y.data_ptr(), x.shape[0], self.sizes)
         if failed:
             raise RuntimeError(f"emitted kernel {self.label} for {self.form} failed ({failed})")
 
@@ -148,7 +151,9 @@ def _bind(
     label = f"tile[{layout},{config['tile']}]"
     sizes = (ctypes.c_int64 * len(numbers))(*numbers)
     places = _places(form, program, layout, dtype, widths, transposed)
-    return TileKernel(label, form, dtype, program, function, sizes, places)
+    streams = ctypes.c_void_p * len(form.input_features)
+    vectors = ctypes.c_void_p * (VECTORS * len(stages))
+    return TileKernel(label, form, dtype, program, function, sizes, places, streams, vectors)
 
 
 def _places(
@@ -205,7 +210,7 @@ def _checked(spec: Spec) -> Callable[..., int] | Refusal:
 
 def _self_test(spec: Spec, function: Callable[..., int]) -> Refusal | None:
     config = {**DEFAULT, "layout": spec.layout, "tile": 32}
-    for form in {sample_form(spec), sample_form(spec, shuffles=True)}:
+    for form in dict.fromkeys([sample_form(spec), sample_form(spec, shuffles=True)]):
         program = analyse(form, spec.layout, spec.dtype)
         assert isinstance(program, Program) and spec_of(program, spec.layout, spec.dtype) == spec
         kernel = _bind(form, program, config, function, spec.dtype)

@@ -13,7 +13,7 @@ from structc.cli import flags
 from structc.cli.check import MaybeAgainst, Rounds, saved_report
 from structc.cli.place import MANIFEST
 from structc.cli.session import Answer, command, note, progress_bars
-from structc.cli.timed import caller_of, example_of, table, timed_rows
+from structc.cli.timed import example_of, table, timed_rows
 from structc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _versions(
     import structc
     from structc.hardware import target
     from structc.inputs import describe
-    from structc.passes.verify import baselines
+    from structc.passes.verify import baselines, caller
     from structc.sources import load_source
 
     source = load_source(what if against is None else against, text, trust=trust)
@@ -107,7 +107,7 @@ def _versions(
     example = example_of(source)
     calls, notes = baselines(source.model, example, compiled=torch_compile)
     if fast is not None:
-        calls["structc"] = caller_of(fast, example)
+        calls["structc"] = caller(fast, example)
     for sentence in notes:
         note(sentence)
     timed = timed_rows(calls, rounds)

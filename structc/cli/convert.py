@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from structc.budget import Budget
     from structc.report import Report
     from structc.sources import Source
+    from structc.sources.source import TextOptions
 
 Out = Annotated[
     Path,
@@ -68,10 +69,24 @@ def inspect(
       structc inspect model.py:make
       structc inspect ./all-MiniLM-L6-v2 --seqlen 128 --effort quick
     """
+    text = flags.text_options(calib, seqlen, nsamples, batch_size)
+    report = inspected(model, text, effort, ignore, trust=trust, no_progress=no_progress)
+    return Answer(report.to_dict(), report)
+
+
+def inspected(
+    model: str,
+    text: TextOptions,
+    effort: str,
+    ignore: list[str] | None,
+    *,
+    trust: bool,
+    no_progress: bool,
+) -> Report:
+    """The report about a MODEL of which nothing is changed."""
     import structc
     from structc.sources import load_source
 
-    text = flags.text_options(calib, seqlen, nsamples, batch_size)
     with progress_bars(wanted=not no_progress) as progress:
         source = load_source(model, text, trust=trust)
         report = structc.inspect(
@@ -82,7 +97,7 @@ def inspect(
             progress=progress,
         )
     _tell(source)
-    return Answer(report.to_dict(), report)
+    return report
 
 
 @command

@@ -16,34 +16,20 @@ if TYPE_CHECKING:
 
 def example_of(source: Source) -> Call:
     """The example call of a source, or of its model."""
-    from structc.inputs import to_call
+    from structc.inputs import example_call
 
-    model: Any = source.model
-    for value in (
-        source.example_inputs,
-        getattr(model, "dummy_inputs", None),
-        getattr(model, "example_input_array", None),
-    ):
-        if value is not None:
-            return to_call(value)
-    raise ConfigError("the model brings no example inputs")
+    example = example_call(source.model, source.example_inputs)
+    if example is None:
+        raise ConfigError("the model brings no example inputs")
+    return example
 
 
 def pair(source: Source, fast: nn.Module) -> dict[str, Callable[[], object]]:
     """The original and the compiled model."""
+    from structc.passes.verify import caller
+
     example = example_of(source)
-    return {"eager": caller_of(source.model, example), "structc": caller_of(fast, example)}
-
-
-def caller_of(model: nn.Module, example: Call) -> Callable[[], object]:
-    """A call without gradients."""
-    import torch
-
-    def call() -> object:
-        with torch.no_grad():
-            return model(*example.args, **example.kwargs)
-
-    return call
+    return {"eager": caller(source.model, example), "structc": caller(fast, example)}
 
 
 def timed_rows(calls: Mapping[str, Callable[[], object]], rounds: int) -> list[dict[str, Any]]:

@@ -1,19 +1,17 @@
-"""``structc tune`` and the kernel table of ``structc bench``."""
+"""``structc tune``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from structc.cli import flags
 from structc.cli.bench import peaks_line
-from structc.cli.session import Answer, command, note, progress_bars
+from structc.cli.convert import inspected
+from structc.cli.session import Answer, command
 from structc.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @command
@@ -61,22 +59,8 @@ def tune(
         lines.append(peaks_line(measured))
     if model is None:
         return Answer(data, "\n".join(lines))
-    import structc
-    from structc.sources import load_source
-
     text = flags.text_options(calib, seqlen, nsamples, batch_size)
-    with progress_bars(wanted=not no_progress) as progress:
-        source = load_source(model, text, trust=trust)
-        report = structc.inspect(
-            source.model,
-            source.example_inputs,
-            effort=effort,
-            ignore=ignore or (),
-            progress=progress,
-        )
-    for sentence in source.notes:
-        note(sentence)
-    found = report.to_dict()
+    found = inspected(model, text, effort, ignore, trust=trust, no_progress=no_progress).to_dict()
     sites = found["sites"]
     priced = {(c["form"], s["rows"], s["dtype"]) for s in sites for c in s["candidates"]}
     faster = sum(s["fastest"] is not None for s in sites)

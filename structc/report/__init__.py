@@ -162,40 +162,51 @@ def build_report(
     """
     every = list(dict.fromkeys([*sites.refusals, *refusals]))
     rows = collect.sites_data(sites, candidates, every, plan, verification, time_share)
-    latency = whole.latency_data(verification)
-    verified = whole.verification_data(verification)
-    summary = whole.summary_data(rows, latency, verified)
-    asked = collect.plain(dict(options))
     names = {site["name"] for site in rows}
+    elsewhere = {k: collect.finite(v) or 0.0 for k, v in time_share.items() if k not in names}
     data: dict[str, Any] = {
-        "schema_version": schema.VERSION,
         "kind": "inspect" if plan is None else "compile",
         "model": model_name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "headline": "",
         "tier": "none" if plan is None else collect.tier(rows, sites),
-        "summary": summary,
-        "budgets": whole.budgets_data(asked, summary, verified, latency),
-        "latency": latency,
-        "time_elsewhere": {
-            k: collect.finite(v) or 0.0 for k, v in time_share.items() if k not in names
-        },
+        **_outcome(rows, verification, collect.plain(dict(options))),
+        "time_elsewhere": elsewhere,
         "sites": rows,
         "attention": [collect.attention_data(s) for s in sites.attention],
         "refusals": [collect.refusal_data(r) for r in every],
         "plan": whole.plan_data(plan),
-        "verification": verified,
         "calibration": whole.profile_data(profile),
         "stages": [{"name": k, "seconds": collect.finite(v)} for k, v in stages.items()],
         "peak_memory_mb": collect.finite(peak_memory_mb),
         "packed_bytes": int(packed_bytes),
         "target": collect.plain(target),
-        "versions": {"structc": _version(), "python": platform.python_version()},
-        "options": asked,
         "notes": list(notes),
     }
-    data["headline"] = headline(data)
-    return Report(data)
+    return Report({**_header(), **data, "headline": headline(data)})
+
+
+def _header() -> dict[str, Any]:
+    """What wrote a report, and when."""
+    return {
+        "schema_version": schema.VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"structc": _version(), "python": platform.python_version()},
+    }
+
+
+def _outcome(
+    rows: Sequence[dict[str, Any]], verification: Verification | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What came of the whole model, against what was asked."""
+    latency = whole.latency_data(verification)
+    verified = whole.verification_data(verification)
+    summary = whole.summary_data(rows, latency, verified)
+    return {
+        "options": options,
+        "summary": summary,
+        "budgets": whole.budgets_data(options, summary, verified, latency),
+        "latency": latency,
+        "verification": verified,
+    }
 
 
 def _version() -> str:

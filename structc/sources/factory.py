@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from structc.errors import ConfigError, StructcError
-from structc.inputs import calibration_calls, to_call
+from structc.inputs import calibration_calls, example_call
 from structc.sources.source import Source
 
 KEYS = ("model", "example_inputs", "calibration", "metric")
@@ -123,13 +123,11 @@ def _source(where: str, made: Any) -> Source:
             hint="Higher is better; structc.metrics has measures that need no labels.",
         )
     example = values.get("example_inputs")
-    if example is None and not _brings_inputs(model):
+    if example_call(model, example) is None:
         raise ConfigError(
             f"MODEL {where!r}: there are no example inputs, and the model has no dummy_inputs",
             hint="Return (model, example_inputs): a tensor, a tuple, a dict or (tuple, dict).",
         )
-    if example is not None:
-        to_call(example)
     calibration = values.get("calibration")
     if calibration is not None:  # read once: a generator would be empty the second time
         with _user_code(where, "reading its calibration data"):
@@ -152,11 +150,6 @@ def _by_name(where: str, made: Any) -> dict[str, Any]:
             )
         return dict(zip(KEYS, made, strict=False))
     return {"model": made}
-
-
-def _brings_inputs(model: nn.Module) -> bool:
-    names = ("dummy_inputs", "example_input_array")
-    return any(getattr(model, n, None) is not None for n in names)
 
 
 def _kind(value: Any) -> str:

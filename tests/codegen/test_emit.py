@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from structc.codegen.cpu.emit import Spec, emit
+from structc.codegen.cpu.emit import Spec, emit, outline
 
 F32, BF16 = torch.float32, torch.bfloat16
 SPECS = [
@@ -23,7 +23,10 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_source(spec: Spec, golden: Callable[[str, str], None]) -> None:
-    golden(f"codegen/{spec.name}.cpp", emit(spec))
+    golden(f"codegen/{spec.name}.cpp", outline(spec))
+    source = emit(spec)
+    own = outline(spec).partition("\n\n")[2]
+    assert source.endswith(own) and own.count("\n") < source.count("\n") / 5
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)

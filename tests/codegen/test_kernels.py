@@ -371,3 +371,19 @@ def test_configs_from_outside_are_checked(config: dict[str, int | str]) -> None:
 def test_large_shapes(layout: str) -> None:
     check(Tile((*low_rank(1536, 384, 153), Bias(384))), {"layout": layout}, 4097)
     check(Tile(monarch(32, 64, 32, 64, 2)), {"layout": layout}, 1025)
+
+
+def test_the_operator_looks_before_the_kernel_reads() -> None:
+    form = CHAINS["dense-add-layer"]
+    assert lower.bind(form, torch.float32, 64, "tile", {"layout": "token"}) is None
+    (x, z), weights = tile.sample(form, 6)
+    call = torch.ops.structc.tile
+    expected = ops.tile_reference(x, weights, str(form), [z[:1, :1]])
+    torch.testing.assert_close(call([x, z[:1, :1]], weights, str(form))[0], expected)
+    for inputs, given in (([x], weights), ([x[:, :7], z], weights), ([x, z], weights[:2])):
+        with pytest.raises(RuntimeError, match="structc::tile takes"):
+            call(inputs, given, str(form))
+    shuffled = Tile.parse("block(3,140,13,1) permute(3,140) block(1,6,6,70)")
+    refused = tile.make(shuffled, {"layout": "token"})
+    assert isinstance(refused, Refusal) and refused.code == "STRIDED"
+    check(shuffled, {"layout": "feature"}, 33)

@@ -257,7 +257,7 @@ def test_biases_of_two_products_stay_whole() -> None:
             return F.linear(F.linear(x, self.a, self.c), self.b, self.c)
 
     _, sites = captured_sites(Shared(), floats(3, 6))
-    assert sites.linear == () and {r.code for r in sites.refusals} == {"BIAS"}
+    assert sites.linear == () and {r.code for r in sites.refusals} == {"READ"}
 
 
 def test_untouched_parameters_are_shared_and_replaced_ones_are_gone() -> None:
@@ -374,3 +374,24 @@ def test_factors_want_a_gradient_where_the_weight_did() -> None:
             made = materialise(Objectives(captured, None), site, family, hyper.get(family, {}))
             assert isinstance(made, AbstractFamily)
             assert {p.requires_grad for p in made.factors()} == {wanted}
+
+
+class ReadTwice(nn.Module):
+    """A weight that a product and something else read, and one with two names."""
+
+    def __init__(self, alias: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(floats(8, 8)), nn.Parameter(floats(8, 8) + 1)
+        if alias:
+            self.b = self.a
+        self.alias = alias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.a)
+        return F.linear(y.relu(), self.b) if self.alias else y / self.a.norm(dim=1)
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_weights_that_other_code_reads_stay(alias: bool) -> None:
+    _, sites = captured_sites(ReadTwice(alias), floats(3, 8))
+    assert sites.linear == () and {r.code for r in sites.refusals} == {"READ"}
