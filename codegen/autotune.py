@@ -21,7 +21,7 @@ from structc.codegen.measure import Measurement
 from structc.codegen.tuning_db import Key, Row, TuningDb
 from structc.codegen.worker_client import Worker
 from structc.errors import ConfigError
-from structc.forms import Act, Bias, Block, Form, PackedDense
+from structc.forms import Act, Bias, Block, Form, PackedDense, Tile
 from structc.records import Price, Refusal
 
 __all__ = ["Request", "predict", "price", "tuning_key"]
@@ -153,7 +153,9 @@ class _Session:
         if isinstance(request.form, PackedDense) or not request.form.is_chain:
             return request.dense()
         kernels = []
-        for form, _ in request.form.products():
+        for form in request.form.pieces():
+            if not isinstance(form, Tile):
+                continue
             bias = any(isinstance(s, Bias) for s in form.steps)
             act = form.steps[-1].fn if isinstance(form.steps[-1], Act) else ""
             first, whole = form.steps[0], cast(Form, form)

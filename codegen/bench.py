@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structc import ops, timing
+from structc import ops, reference, timing
 from structc.codegen import dense, faults, lower
 from structc.codegen.cpu import tile
 from structc.codegen.cpu.emit import spec_of
 from structc.codegen.cpu.program import Program, analyse
+from structc.codegen.cpu.samples import sample, sample_form
 from structc.forms import Form, PackedDense, Tile, parse_form
 from structc.numerics import relative_error
 from structc.records import Refusal, Timed
@@ -181,11 +182,11 @@ def _inputs(
 
 def _weights(form: Form, job: Job, dtype: torch.dtype) -> list[Tensor]:
     program = dense.tile_form(form, job.bias) if isinstance(form, PackedDense) else form
-    _, weights = tile.sample(program, rows=1)
+    _, weights = sample(program, rows=1)
     if isinstance(form, PackedDense):
         matrix = weights[0].reshape(form.out_features, form.in_features)
         weights[0] = matrix.t().contiguous() if job.transposed else matrix
-    return [w.to(dtype) for w in weights]
+    return [w.to(dtype) if w.is_floating_point() else w for w in weights]
 
 
 def _reference(form: Form, job: Job) -> Callable[..., Tensor]:
@@ -194,7 +195,7 @@ def _reference(form: Form, job: Job) -> Callable[..., Tensor]:
         assert not isinstance(kernel, Refusal)
         return kernel
     text = str(form)
-    return lambda x, weights, *others: ops.tile_reference(x, weights, text, *others)
+    return lambda x, weights, *others: reference.tile_reference(x, weights, text, *others)
 
 
 # ---------------------------------------------------------------------------- checks
@@ -206,17 +207,17 @@ def _check_odd(job: Job, tolerance: float) -> Refusal | None:
         return None
     form = parse_form(job.form)
     program = dense.tile_form(form, True) if isinstance(form, PackedDense) else form
-    layout, dtype = str({**tile.DEFAULT, **job.config}["layout"]), getattr(torch, job.dtype)
-    parts = analyse(program, layout, dtype)
+    dtype = getattr(torch, job.dtype)
+    parts = analyse(program, dtype)
     if not isinstance(parts, Program):
         return parts
-    shuffles = any(stage.shuffled for stage in parts.stages)
-    odd = tile.sample_form(spec_of(parts, layout, dtype), shuffles=shuffles)
+    shuffles = any(stage.blocks for stage in parts.stages)
+    odd = sample_form(spec_of(parts, dtype), shuffles=shuffles)
     kernel = tile.make(odd, job.config, dtype=dtype)
     if isinstance(kernel, Refusal):
         return kernel
     for rows in (1, 37):
-        inputs, weights = tile.sample(odd, rows, dtype=dtype)
+        inputs, weights = sample(odd, rows, dtype=dtype)
         problem = Problem(odd, kernel, (inputs, inputs), weights, _reference(odd, job))
         failed = _compare(problem, job, tolerance, f"odd sizes, {rows} rows")
         if failed is not None:
@@ -237,7 +238,7 @@ def _compare(problem: Problem, job: Job, tolerance: float, what: str) -> Refusal
         return _refuse(job, "SHAPE", f"gave {tuple(y.shape)} {y.dtype} ({what})")
     if not bool(torch.isfinite(y).all()):
         return _refuse(job, "NONFINITE", f"gave NaN or infinity for finite input ({what})")
-    wide = [w.double() for w in problem.weights]
+    wide = [w.double() if w.is_floating_point() else w for w in problem.weights]
     # Rows do not depend on each other: the ends and the middle stand for all.
     for start in {0, max(0, x.shape[0] // 2 - _SLICE), max(0, x.shape[0] - _SLICE)}:
         rows = slice(start, start + _SLICE)

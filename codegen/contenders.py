@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from structc.codegen.bench import Job
-from structc.codegen.cpu.pack import PACK, parts_of
-from structc.codegen.cpu.program import LAYOUTS, Program, analyse
+from structc.codegen.cpu.program import analyse
 from structc.codegen.cpu.tile import DEFAULT
 from structc.codegen.dense import tile_form
 from structc.forms import Form, PackedDense, Tile
@@ -31,12 +30,12 @@ class Contender:
     def label(self) -> str:
         """The name in a price.
 
-        >>> Contender("tile", {"layout": "token", "tile": 64}).label, Contender("aten").label
-        ('tile[token,64]', 'aten')
+        >>> Contender("tile", {"tile": 64}).label, Contender("aten").label
+        ('tile[64]', 'aten')
         """
         if self.kernel != "tile":
             return self.kernel
-        return f"tile[{self.config['layout']},{self.config['tile']}]"
+        return f"tile[{self.config['tile']}]"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def dense_contenders(
     found = [Contender("aten"), Contender("onednn")]
     if dtype == torch.float32:
         found.append(Contender("mkl"))
-    if isinstance(analyse(tile_form(form, bias=True), "token", dtype), Refusal):
+    if isinstance(analyse(tile_form(form, bias=True), dtype), Refusal):
         return found
     tiles = {_default_tile(rows)} if effort == "quick" else {16, 32, 64, 128}
     if rows > 128:
@@ -107,8 +106,8 @@ def dense_contenders(
     for height in sorted(t for t in tiles if t <= max(16, 2 * rows)):
         for width in _widths(dtype, effort):
             for split in _splits(rows):
-                config = {**DEFAULT, "tile": height, "panel1": width, "panel2": width}
-                found.append(Contender("tile", {**config, "split": split}))
+                config = {"tile": height, "panel": width, "split": split}
+                found.append(Contender("tile", config))
     return found
 
 
@@ -120,45 +119,28 @@ def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> l
         full = {**DEFAULT, **config}
         found.setdefault(tuple(full.items()), Contender("tile", full))
 
-    layouts = _layouts(form, dtype)
+    if isinstance(analyse(form, dtype), Refusal):
+        return []
     height, split = _default_tile(rows), _splits(rows)[0]
     likely, *others = _widths(dtype, effort)
-    for layout in layouts:
-        add(layout=layout, tile=height, panel1=likely, panel2=likely, split=split)
-    heights = (16, 32, 64, 128) if effort == "full" else (height // 2, height * 2)
-    for layout in layouts if effort == "full" else layouts[:1]:
-        for tall in (t for t in heights if 16 <= t <= 128):
-            for chosen in _splits(rows):
-                widths = (likely, *others) if effort == "full" and layout == "token" else (likely,)
-                for width in widths:
-                    add(layout=layout, tile=tall, panel1=width, panel2=width, split=chosen)
-    if effort == "quick" and layouts[:1] == ["token"]:
-        wide = likely + 16 if dtype == torch.float32 else 2 * likely
-        add(layout="token", tile=height, panel1=wide, panel2=wide, split=split)
-        for other in _splits(rows)[1:]:
-            add(layout="token", tile=height, panel1=likely, panel2=likely, split=other)
+    add(tile=height, panel=likely, split=split)
+    heights = (8, 16, 32, 64, 128) if effort == "full" else (height // 2, height * 2)
+    for tall in (t for t in heights if 8 <= t <= 128):
+        for chosen in _splits(rows):
+            for width in (likely, *others) if effort == "full" else (likely,):
+                add(tile=tall, panel=width, split=chosen)
+    for width in others:
+        add(tile=height, panel=width, split=split)
+    for chosen in _splits(rows)[1:]:
+        add(tile=height, panel=likely, split=chosen)
     return list(found.values())
 
 
 def _widths(dtype: torch.dtype, effort: str) -> tuple[int, ...]:
-    """Widths of panels, the likeliest first: three vectors of sums, or four AMX tiles and more."""
+    """Widths of panels, the likeliest first: sums of so many columns fill the registers."""
     if dtype == torch.float32:
-        return (48, 32, 64) if effort == "full" else (48,)
-    return (64, 32, 128, 256) if effort == "full" else (64,)
-
-
-def _layouts(form: Tile, dtype: torch.dtype) -> list[str]:
-    """Layouts that serve the form, the likelier one first: thin parts leave vectors empty."""
-    found = {name: analyse(form, name, dtype) for name in LAYOUTS}
-    served = [name for name, program in found.items() if isinstance(program, Program)]
-    program = found["feature"]
-    if isinstance(program, Program) and len(program.stages) > 1:
-        thin = min(
-            stage.block.b // parts_of(program, at) for at, stage in enumerate(program.stages)
-        )
-        if thin < PACK:
-            served.reverse()
-    return served
+        return (64, 48, 32) if effort == "full" else (64, 48)
+    return (64, 32, 128) if effort == "full" else (64, 32)
 
 
 def _default_tile(rows: int) -> int:

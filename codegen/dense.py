@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from structc import ops
+from structc import ops, reference
 from structc.codegen.cpu import tile
 from structc.forms import Act, Bias, Block, PackedDense, Tile
 from structc.records import Refusal
@@ -68,7 +68,7 @@ def make(
 def _aten(act: str, transposed: bool) -> ops.Kernel:
     def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         bias = weights[1] if len(weights) > 1 else None
-        return ops.dense_reference(x, weights[0], bias, act, transposed)
+        return reference.dense_reference(x, weights[0], bias, act, transposed)
 
     return run
 
@@ -81,15 +81,15 @@ def _mkl(act: str, dtype: torch.dtype, rows: int, transposed: bool) -> ops.Kerne
     if not _has_mkl():
         return Refusal("", "mkl", "UNAVAILABLE", "this PyTorch has no MKL")
     linear, pack_for = torch.ops.mkl._mkl_linear.default, torch.ops.mkl._mkl_reorder_linear_weight
-    activate = ops.ACTIVATION[act]
-    reference = _aten(act, transposed)
+    activate = reference.ACTIVATION[act]
+    eager = _aten(act, transposed)
 
     def pack(weights: Sequence[Tensor]) -> Tensor:
         return pack_for(weights[0].contiguous(), rows)
 
     def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         if x.shape[0] != rows or any(w.dtype != dtype for w in weights):
-            return reference(x, weights)  # packed for one number of rows
+            return eager(x, weights)  # packed for one number of rows
         bias = weights[1] if len(weights) > 1 else None
         packed = ops.derived(weights[:1], f"mkl{rows}", pack)
         return activate(linear(x, packed, weights[0], bias, rows))
@@ -123,11 +123,11 @@ def _onednn(act: str, dtype: torch.dtype, rows: int, transposed: bool) -> ops.Ke
         return reorder(stored.contiguous(), rows)
 
     tag = f"onednn{rows}{'t' if transposed else ''}"
-    reference = _aten(act, transposed)
+    eager = _aten(act, transposed)
 
     def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         if any(w.dtype != dtype for w in weights):
-            return reference(x, weights)
+            return eager(x, weights)
         bias = weights[1] if len(weights) > 1 else None
         return linear(x, ops.derived(weights[:1], tag, pack), bias, name, [], algorithm)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from structc import ops
+from structc import reference
 from structc.forms import Form
 
 CHECK_CALLS = 2
@@ -42,8 +42,8 @@ class FaultyKernel:
         if kind.startswith("late_"):  # right when checked, wrong when timed
             late = self.calls > CHECK_CALLS
             kind = kind.removeprefix("late_") if late else ""
-            reference = ops.tile_reference(x.double(), [w.double() for w in weights], self.text)
-            y.copy_(reference)
+            right = reference.tile_reference(x.double(), [w.double() for w in weights], self.text)
+            y.copy_(right)
         else:
             y.zero_()
         match kind:

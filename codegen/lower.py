@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from structc import ops
+from structc import ops, reference
 from structc.codegen import dense, parts
 from structc.codegen.cpu import tile
 from structc.forms import Form, PackedDense, Tile
@@ -29,7 +29,7 @@ def bind(
         form: a tile program or a dense product.
         dtype: of the inputs that it will serve.
         rows: the bucket; the largest bucket serves all calls above it too.
-        kernel: as in :attr:`structc.records.Price.kernel`, ``"tile[token,64]"`` or ``"onednn"``.
+        kernel: as in :attr:`structc.records.Price.kernel`, ``"tile[64]"`` or ``"onednn"``.
         config: as in :attr:`structc.records.Price.config`.
         transposed: dense only: the weight is stored (in_features, out_features).
 
@@ -77,6 +77,6 @@ def _reference(form: Tile) -> ops.Kernel:
 
     def run(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Tensor:
         # A program of permutations alone may give a view, which an operator may not return.
-        return ops.tile_reference(x, weights, program, others).contiguous()
+        return reference.tile_reference(x, weights, program, others).contiguous()
 
     return run

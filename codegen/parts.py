@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from structc import ops
-from structc.forms import Add, Form, PackedDense, Tile, parse_form
+from structc import ops, reference
+from structc.forms import Form, PackedDense, Tile, parse_form
 from structc.records import Refusal
 
 Make = Callable[[Form, str, Mapping[str, int | str]], ops.Kernel | Refusal]
@@ -30,23 +29,20 @@ def make(form: Tile, config: Mapping[str, int | str], make_one: Make) -> ops.Ker
         if isinstance(made, Refusal):
             return made
         kernels.append((whole, made))
-    products = form.products()
+    pieces = form.pieces()
 
     def run(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Tensor:
-        left, inputs = list(weights), [x, *others]
-        for (product, behind), (whole, kernel) in zip(products, kernels, strict=True):
-            own, left = left[: product.weights], left[product.weights :]
-            if isinstance(whole, PackedDense):
-                own[0] = own[0].reshape(whole.out_features, whole.in_features)
-            x = kernel(x, own)
-            for step in behind:
-                taken, left = left[: step.weights], left[step.weights :]
-                if isinstance(step, Add):
-                    x = x + inputs[step.index]
-                elif step.kind == "layer":
-                    x = F.layer_norm(x, (step.n,), taken[0], taken[1], float(step.eps))
-                else:
-                    x = F.rms_norm(x, (step.n,), taken[0], float(step.eps))
+        left, products = list(weights), iter(kernels)
+        slots = dict(enumerate([x, *others]))
+        for piece in pieces:
+            own, left = left[: piece.weights], left[piece.weights :]
+            if isinstance(piece, Tile):
+                whole, kernel = next(products)
+                if isinstance(whole, PackedDense):
+                    own[0] = own[0].reshape(whole.out_features, whole.in_features)
+                x = kernel(x, own)
+            else:
+                x = reference.apply_step(piece, x, iter(own), slots)
         return x
 
     return run

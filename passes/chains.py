@@ -11,10 +11,11 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from structc.forms import Act, Add, Bias, Block, Norm, Tile
+from structc.forms import Act, Add, Bias, Block, Keep, Load, Mul, Norm, Tile
 from structc.passes.activation import activation_of
 from structc.passes.detect import rows_of
 from structc.records import Region
+from structc.steps import SLOTS
 
 aten = torch.ops.aten
 _SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
@@ -30,24 +31,24 @@ class Link:
         x: what flows through it.
         steps: what it does to a token.
         weights: graph nodes of the weights that the steps take.
-        added: what an :class:`Add` adds, if there is one.
+        other: what an :class:`Add` or a :class:`Mul` takes besides, if it is one.
     """
 
     node: torch.fx.Node
     x: torch.fx.Node
     steps: tuple[Any, ...]
     weights: tuple[torch.fx.Node, ...] = ()
-    added: torch.fx.Node | None = None
+    other: torch.fx.Node | None = None
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Links that follow each other, each the only reader of the one before.
+    """Links each of which is read by another one alone, up to the last.
 
     Attributes:
         links: in their order.
         program: all of them as one program.
-        inputs: what it starts from, and what it adds.
+        inputs: what it starts from, and what it reads besides.
         rows, dtype: of the example.
     """
 
@@ -69,34 +70,37 @@ def find_chains(region: Region, view: torch.fx.GraphModule) -> list[Chain]:
         region: the graph and its example.
         view: the same graph over the tables of its owner.
 
-    A dataflow graph of links: an edge says that the second is the only reader of the first. Its
-    connected components are paths.
+    A dataflow graph of links: an edge says that the second is the only reader of the first. Each
+    link has at most one edge out, so the connected components are trees that end in one link: a
+    path, or branches that an addition or a gate brings together.
     """
     graph = region.graph.graph
     links = {link.node: link for link in _links(graph, view)}
     flow: nx.DiGraph[torch.fx.Node] = nx.DiGraph()
     flow.add_nodes_from(links)
     for link in links.values():
-        before = _through_reshapes(link.x)
-        if before in links and _only_reader(before, link):
-            flow.add_edge(before, link.node)
+        for read in _reads(link):
+            before = _through_reshapes(read)
+            if before in links and len(before.users) == 1 and link.x is not link.other:
+                flow.add_edge(before, link.node)
+    for node in list(nx.topological_sort(flow)):
+        # what starts a chain and is no product has nothing to be fused into
+        if not flow.in_degree(node) and not isinstance(links[node].steps[0], Block):
+            flow.remove_node(node)
+    order = {node: at for at, node in enumerate(graph.nodes)}
     found = []
     for part in nx.weakly_connected_components(flow):
-        ordered = [links[n] for n in nx.topological_sort(flow.subgraph(part))]
-        while ordered and not isinstance(ordered[0].steps[0], Block):
-            ordered.pop(0)  # an add or a norm that starts a chain has nothing to be fused into
-        chain = _chain(ordered, region)
+        chain = _chain([links[n] for n in sorted(part, key=order.__getitem__)], region)
         if chain is not None:
             found.append(chain)
-    order = {node: at for at, node in enumerate(graph.nodes)}
-    return sorted(found, key=lambda c: order[c.links[0].node])
+    return sorted(found, key=lambda c: order[c.links[-1].node])
 
 
 def fuse(graph: torch.fx.Graph, chains: list[Chain]) -> None:
     """Put one operator in the place of each chain.
 
     rewrite:      linear -> act -> linear -> add(z) -> norm  -->  structc::tile([x, z], weights,
-                  program)
+                  program);  act(gate(x)) * up(x) -> down  -->  structc::tile([x], weights, program)
     Sound because: each link is read by the next one alone, and the program is their composition on
         one token; nothing in between mixes tokens.
     Skips when:   a link has other readers; sizes are not those of one token's features; a weight is
@@ -123,7 +127,8 @@ def _links(graph: torch.fx.Graph, view: torch.fx.GraphModule) -> Iterator[Link]:
         operator.getitem: _tile_link,
         torch.ops.structc.dense.default: _dense_link,
         aten.linear.default: _linear_link,
-        aten.add.Tensor: _add_link,
+        aten.add.Tensor: _pair_link,
+        aten.mul.Tensor: _pair_link,
         aten.layer_norm.default: _norm_link,
     }
     for node in graph.nodes:
@@ -176,7 +181,7 @@ def _act_link(node: torch.fx.Node) -> Link | None:
     return Link(node, _args(node, 1)[0], (Act(act, n),)) if act and n else None
 
 
-def _add_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
+def _pair_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
     x, z = _args(node, 2)
     if not isinstance(x, torch.fx.Node) or not isinstance(z, torch.fx.Node) or node.kwargs:
         return None
@@ -185,7 +190,8 @@ def _add_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
         return None
     if _depth(x) < _depth(z):  # the stream is what was computed last, the residual is older
         x, z = z, x
-    return Link(node, x, (Add(n, 1),), (), z)
+    step = Add(n, 1) if node.target is aten.add.Tensor else Mul(n, 1)
+    return Link(node, x, (step,), (), z)
 
 
 def _norm_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
@@ -247,33 +253,55 @@ def _is_inert(node: torch.fx.Node) -> bool:
     return node.target is not aten.dropout.default or node.args[2] is False
 
 
-def _only_reader(before: torch.fx.Node, link: Link) -> bool:
-    """Whether ``link`` alone reads what ``before`` gives, and as its stream."""
-    if len(before.users) != 1:
-        return False
-    return link.added is None or _through_reshapes(link.added) is not before
-
-
 def _chain(links: list[Link], region: Region) -> Chain | None:
     """One program, or None for a lone product and for what cannot be one."""
-    if not links or (len(links) == 1 and len(links[0].steps) <= 3):
+    if len(links) < 2 and (not links or len(links[0].steps) <= 3):
         return None
+    inside = {link.node for link in links}
     inputs: list[torch.fx.Node] = [links[0].x]
-    steps: list[Any] = []
     for link in links:
-        for step in link.steps:
-            if isinstance(step, Add):
-                assert link.added is not None
-                if link.added not in inputs:
-                    inputs.append(link.added)
-                index = inputs.index(link.added)
-                if index == 0 and step.n != steps[0].in_features:
-                    return None
-                steps.append(Add(step.n, index))
-            else:
-                steps.append(step)
+        for read in (link.x, link.other):
+            before = read and _through_reshapes(read)
+            if read is not None and before not in inside and read not in inputs:
+                inputs.append(read)
     if any(_shape(i)[:-1] != _shape(links[-1].node)[:-1] for i in inputs):
+        return None
+    steps = _steps(links, inputs)
+    if steps is None:
         return None
     first = links[0].x
     rows, dtype = rows_of(first, region), _meta(first).dtype
-    return Chain(tuple(links), Tile(tuple(steps)), tuple(inputs), rows, dtype)
+    return Chain(tuple(links), Tile(steps), tuple(inputs), rows, dtype)
+
+
+def _reads(link: Link) -> list[torch.fx.Node]:
+    return [link.x] if link.other is None else [link.x, link.other]
+
+
+def _steps(links: list[Link], inputs: list[torch.fx.Node]) -> tuple[Any, ...] | None:
+    """The links in turn: a branch that waits for another is kept, its start is loaded again."""
+    slots = {node: at for at, node in enumerate(inputs)}
+    flowing = inputs[0]
+    steps: list[Any] = []
+    for at, link in enumerate(links):
+        x, other = link.x, link.other
+        here = [n for n in (x, other) if n is not None and _through_reshapes(n) is flowing]
+        if other is not None and here and here[0] is other:
+            x, other = other, x
+        if not here and x is not flowing:
+            slot = slots[x] if x in slots else slots[_through_reshapes(x)]
+            steps.append(Load(_features(x), slot))
+        for step in link.steps:
+            if other is not None:
+                slot = slots[other] if other in slots else slots[_through_reshapes(other)]
+                step = type(step)(step.n, slot)
+            steps.append(step)
+        flowing = link.node
+        following = links[at + 1] if at + 1 < len(links) else None
+        reads = [flowing] if following is None else _reads(following)
+        if flowing not in map(_through_reshapes, reads):
+            slots[flowing] = len(slots)
+            if slots[flowing] >= SLOTS:
+                return None
+            steps.append(Keep(_features(flowing), slots[flowing]))
+    return tuple(steps)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from structc import ops
 from structc.errors import ConfigError
 from structc.inputs import canonical
 from structc.records import Call, DimGuard, Guards, Region
@@ -74,6 +75,9 @@ def attributes_of(module: torch.fx.GraphModule, owner: nn.Module) -> nn.Module:
     return held
 
 
+_CALLS = {torch.ops.structc.tile.default: ops.tile, torch.ops.structc.dense.default: ops.dense}
+
+
 class Runner:
     """Runs a region when its guards hold; says MISS otherwise.
 
@@ -91,7 +95,10 @@ class Runner:
         self._adopt(owner)
 
     def _adopt(self, owner: nn.Module) -> None:
-        self.view: Any = view_of(self.region.graph, owner)
+        graph = copy.deepcopy(self.region.graph.graph)
+        for node in graph.nodes:
+            node.target = _CALLS.get(node.target, node.target)
+        self.view: Any = view_of(self.region.graph, owner, graph)
         self._modules = list(owner.modules())
         self._children = _children(self._modules)
         self._hooks = [t for m in self._modules for t in _hook_tables(m) if m is not owner]

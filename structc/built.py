@@ -59,7 +59,7 @@ class Built(nn.Module):
             transposed = isinstance(family, Dense) and family.transposed
             return _dense(x, weight, bias, self.form.activation, transposed)
         listed = list(weights) if bias is None else [*weights, bias]
-        y: Tensor = torch.ops.structc.tile([x], listed, str(self.form))[0]
+        y: Tensor = ops.tile([x], listed, str(self.form))[0]
         return y
 
     def _bucket(self, x: Tensor) -> int:
@@ -234,7 +234,7 @@ def _multiplied_out(family: AbstractFamily) -> Tensor:
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, transposed: bool) -> Tensor:
-    y: Tensor = torch.ops.structc.dense(x, weight, bias, act, transposed)
+    y: Tensor = ops.dense(x, weight, bias, act, transposed)
     return y
 
 

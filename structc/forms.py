@@ -17,138 +17,47 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 from structc.errors import InternalError
+from structc.steps import (
+    ACTIVATIONS,
+    NORMS,
+    SLOTS,
+    STEPS,
+    Act,
+    Add,
+    Bias,
+    Block,
+    Keep,
+    Load,
+    Mul,
+    Norm,
+    Permute,
+    Select,
+    Sparse,
+    Step,
+)
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-"""Elementwise functions that an epilogue may carry; ``gelu`` is the exact one (erf)."""
+__all__ = [
+    "ACTIVATIONS",
+    "Act",
+    "Add",
+    "Bias",
+    "Block",
+    "Form",
+    "Keep",
+    "Load",
+    "Mul",
+    "Norm",
+    "PackedDense",
+    "Permute",
+    "Select",
+    "Sparse",
+    "Step",
+    "Tile",
+    "parse_form",
+]
 
-
-@dataclass(frozen=True)
-class Block:
-    """A Kronecker-sparse factor ``I_a (x) 1_{b x c} (x) I_d``: the general block pattern.
-
-    Math:    y[al, be, de] = sum_ga w[al, be, ga, de] * x[al, ga, de].
-    Shapes:  x (..., a*c*d);  w (a, b, c, d);  y (..., a*b*d).
-    Cost:    flops = 2*a*b*c*d a row; params = a*b*c*d.
-    Source:  Gonon et al. 2024, arXiv:2405.15013. A dense factor is ``a = d = 1``.
-    """
-
-    a: int
-    b: int
-    c: int
-    d: int
-    word: ClassVar[str] = "block"
-    weights: ClassVar[int] = 1
-
-    @property
-    def in_features(self) -> int:
-        return self.a * self.c * self.d
-
-    @property
-    def out_features(self) -> int:
-        return self.a * self.b * self.d
-
-
-@dataclass(frozen=True)
-class Permute:
-    """The perfect shuffle that transposes ``(p, q)``: y[j, i] = x[i, j].  x (..., p*q)."""
-
-    p: int
-    q: int
-    word: ClassVar[str] = "permute"
-    weights: ClassVar[int] = 0
-
-    @property
-    def in_features(self) -> int:
-        return self.p * self.q
-
-    out_features = in_features
-
-
-@dataclass(frozen=True)
-class Bias:
-    """y = x + w, with w (n,)."""
-
-    n: int
-    word: ClassVar[str] = "bias"
-    weights: ClassVar[int] = 1
-
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
-
-@dataclass(frozen=True)
-class Act:
-    """y = fn(x), elementwise over n features; fn is one of :data:`ACTIVATIONS`."""
-
-    fn: str
-    n: int
-    word: ClassVar[str] = "act"
-    weights: ClassVar[int] = 0
-
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
-
-@dataclass(frozen=True)
-class Add:
-    """y = x + z, with z (..., n) input ``index`` of the program; 0 is what it starts from.
-
-    A residual connection.
-    """
-
-    n: int
-    index: int
-    word: ClassVar[str] = "add"
-    weights: ClassVar[int] = 0
-
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Normalisation over the n features of a token.
-
-    Math:    layer: y = (x - mean x) / sqrt(var x + eps) * w1 + w2;  rms: y = x / sqrt(mean x^2 +
-             eps) * w1.
-    Shapes:  x (..., n);  w1, w2 (n,).
-    Source:  Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
-
-    ``eps`` is text, so that a program is equal to the one that it was read from.
-    """
-
-    n: int
-    kind: str
-    eps: str
-    word: ClassVar[str] = "norm"
-
-    @property
-    def weights(self) -> int:
-        """Weight and bias, or a weight alone."""
-        return 2 if self.kind == "layer" else 1
-
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
-
-NORMS = ("layer", "rms")
-Step = Block | Permute | Bias | Act | Add | Norm
-_STEPS: dict[str, type[Step]] = {s.word: s for s in (Block, Permute, Bias, Act, Add, Norm)}
 _TEXT = re.compile(r"(\w+)\(([^()]*)\)")
 
 
@@ -171,19 +80,35 @@ class Tile:
             if isinstance(s, Act) and s.fn not in ACTIVATIONS:
                 raise InternalError(f"tile program: activation {s.fn!r} is none of {ACTIVATIONS}")
             if isinstance(s, Norm) and (s.kind not in NORMS or not _is_number(s.eps)):
-                raise InternalError(f"tile program: {_step_text(s)} is no normalisation")
-            if isinstance(s, Add) and s.index == 0 and s.n != self.steps[0].in_features:
-                raise InternalError(f"tile program {self}: its input has other features")
+                raise InternalError(f"tile program: {s} is no normalisation")
+            if isinstance(s, Sparse) and (not s.b or not s.c or s.m % s.b or s.n % s.c):
+                raise InternalError(f"tile program: {s} has no whole blocks")
+        if isinstance(self.steps[0], Load):
+            raise InternalError(f"tile program {self} starts with a load")
+        self._check_slots()
         for before, after in zip(self.steps, self.steps[1:], strict=False):
-            if before.out_features != after.in_features:
+            if not isinstance(after, Load) and before.out_features != after.in_features:
                 raise InternalError(
-                    f"tile program {self}: {_step_text(before)} gives {before.out_features} "
-                    f"features, {_step_text(after)} takes {after.in_features}"
+                    f"tile program {self}: {before} gives {before.out_features} "
+                    f"features, {after} takes {after.in_features}"
                 )
+
+    def _check_slots(self) -> None:
+        features = dict(enumerate(self.input_features))
+        inputs = len(features)
+        for s in self.steps:
+            if isinstance(s, Keep):
+                if not inputs <= s.index < SLOTS:
+                    raise InternalError(f"tile program {self}: {s} is no free slot")
+                features[s.index] = s.n
+            elif isinstance(s, (Add, Mul, Load)) and features.get(s.index) != s.n:
+                raise InternalError(f"tile program {self}: {s} finds other features")
 
     @property
     def in_features(self) -> int:
-        return self.steps[0].in_features
+        first = self.steps[0]
+        assert not isinstance(first, Load)
+        return first.in_features
 
     @property
     def out_features(self) -> int:
@@ -196,53 +121,64 @@ class Tile:
 
     @property
     def input_features(self) -> tuple[int, ...]:
-        """Features of each input that the program takes; one that it never adds has none."""
-        found = {s.index: s.n for s in self.steps if isinstance(s, Add)}
-        found[0] = self.in_features
+        """Features of each input that the program takes; one that it never reads has none."""
+        found, kept = {0: self.in_features}, set()
+        for s in self.steps:
+            if isinstance(s, Keep):
+                kept.add(s.index)
+            elif isinstance(s, (Add, Mul, Load)) and s.index not in kept:
+                found.setdefault(s.index, s.n)
         return tuple(found.get(i, 0) for i in range(max(found) + 1))
 
     @property
     def flops(self) -> int:
-        """Of the block factors, for one row."""
+        """Of the products, for one row."""
         return 2 * self.params
 
     @property
     def params(self) -> int:
-        """Elements of the block factors."""
-        return sum(s.a * s.b * s.c * s.d for s in self.steps if isinstance(s, Block))
+        """Elements of the factors."""
+        return sum(
+            s.a * s.b * s.c * s.d if isinstance(s, Block) else s.nnz * s.b * s.c
+            for s in self.steps
+            if isinstance(s, (Block, Sparse))
+        )
 
-    def products(self) -> list[tuple[Tile, tuple[Add | Norm, ...]]]:
-        """The matrices of a chain, each with its bias and activation, and what stands behind it.
+    def pieces(self) -> list[Tile | Step]:
+        """The matrices of a chain, each with its bias and activation, and the steps in between.
 
         >>> form = Tile.parse("block(1,4,3,1) act(relu,4) block(1,2,4,1) add(2,1)")
-        >>> [(str(product), len(behind)) for product, behind in form.products()]
-        [('block(1,4,3,1) act(relu,4)', 0), ('block(1,2,4,1)', 1)]
+        >>> list(map(str, form.pieces()))
+        ['block(1,4,3,1) act(relu,4)', 'block(1,2,4,1)', 'add(2,1)']
         """
-        found: list[tuple[list[Step], list[Add | Norm]]] = []
-        open_ = False
+        found: list[list[Step]] = []
+        before = ""
         for step in self.steps:
-            if isinstance(step, (Add, Norm)):
-                found[-1][1].append(step)
-                open_ = False
-                continue
-            if isinstance(step, Block) and not open_:
-                found.append(([], []))
-            open_ = isinstance(step, (Block, Permute))
-            found[-1][0].append(step)
-        return [(Tile(tuple(steps)), tuple(behind)) for steps, behind in found]
+            factor = isinstance(step, (Block, Sparse, Permute, Select))
+            joins = (factor and before == "factor") or (
+                isinstance(step, (Bias, Act)) and before in ("factor", "tail")
+            )
+            if joins:
+                found[-1].append(step)
+            else:
+                found.append([step])
+            before = "factor" if factor else "tail" if joins else ""
+        return [
+            Tile(tuple(p)) if isinstance(p[0], (Block, Sparse, Permute, Select)) else p[0]
+            for p in found
+        ]
 
     @property
     def is_chain(self) -> bool:
         """Whether the program is more than one matrix with its bias and activation."""
-        parts = self.products()
-        return len(parts) > 1 or bool(parts[0][1])
+        return len(self.pieces()) > 1
 
     def then(self, *steps: Step) -> Tile:
         """The program followed by further steps."""
         return Tile(self.steps + steps)
 
     def __str__(self) -> str:
-        return " ".join(map(_step_text, self.steps))
+        return " ".join(map(str, self.steps))
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
@@ -251,7 +187,7 @@ class Tile:
         steps: list[Step] = []
         for part in text.split(" "):
             match = _TEXT.fullmatch(part)
-            step = _STEPS.get(match[1]) if match else None
+            step = STEPS.get(match[1]) if match else None
             words = match[2].split(",") if match else []
             wanted = [f.type for f in fields(step)] if step else None
             if wanted != ["int" if w.isdecimal() else "str" if w else "" for w in words]:
@@ -309,11 +245,6 @@ def parse_form(text: str) -> Form:
     Errors: :class:`InternalError` for a text that is no form.
     """
     return PackedDense.parse(text) if text.startswith("dense(") else Tile.parse(text)
-
-
-def _step_text(step: Step) -> str:
-    values = ",".join(str(getattr(step, f.name)) for f in fields(step))
-    return f"{step.word}({values})"
 
 
 def _is_number(text: str) -> bool:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from structc import settings
+
 
 @dataclass(frozen=True)
 class Target:
@@ -16,7 +18,7 @@ class Target:
 
     Attributes:
         cpu: model name, with family and model number where virtual machines hide the name.
-        isa: instruction sets that matter here, best first.
+        isa: instruction sets that matter here and may be used, best first.
         cores: logical processors this process may use.
         threads: PyTorch's intra-op threads now.
         torch: version of PyTorch.
@@ -33,18 +35,18 @@ class Target:
         return {**asdict(self), "isa": list(self.isa)}
 
 
-_ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
-
-
 def target() -> Target:
     """The machine that this process runs on."""
     facts = _cpuinfo()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
     name = facts.get("model name") or platform.processor() or platform.machine()
+    best = settings.current().isa
+    known = settings.INSTRUCTION_SETS
+    allowed = known[known.index(best) :] if best else known
     numbers = "/".join(facts[k] for k in ("cpu family", "model", "stepping") if k in facts)
     return Target(
         cpu=f"{name} ({numbers})" if numbers else name,
-        isa=tuple(i for i in _ISA if i in flags),
+        isa=tuple(i for i in allowed if i in flags),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         torch=torch.__version__,

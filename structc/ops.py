@@ -21,11 +21,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from structc.forms import Act, Add, Bias, Block, Norm, Permute, Tile
+from structc.forms import Tile
+from structc.reference import dense_reference, tile_reference
 
 Kernel = Callable[..., Tensor]
 """``(x (rows, in_features), weights) -> (rows, out_features)``; dense: weights [weight, bias].
@@ -137,60 +137,47 @@ def _bytes(value: object) -> int:
     return value.numel() * value.element_size()  # oneDNN's tensors have no storage to ask
 
 
-# ---------------------------------------------------------------------------- references
-
-ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+# ---------------------------------------------------------------------------- calls
 
 
-def tile_reference(
-    x: Tensor, weights: Sequence[Tensor], program: str, others: Sequence[Tensor] = ()
-) -> Tensor:
-    """Interpret a tile program step by step in plain ATen; ``others`` are inputs 1, 2, ...
+def tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> Sequence[Tensor]:
+    """``structc::tile``; past the dispatcher where nothing watches it.
 
-    >>> x, u, v = torch.randn(5, 6), torch.randn(1, 2, 6, 1), torch.randn(1, 4, 2, 1)
-    >>> y = tile_reference(x, [u, v], "block(1,2,6,1) block(1,4,2,1)")
-    >>> torch.allclose(y, x @ (v[0, ..., 0] @ u[0, ..., 0]).T, atol=1e-5)
-    True
+    On its way through PyTorch's dispatcher a call costs several times what a small product takes.
     """
-    left, inputs = iter(weights), [x, *others]
-    for step in Tile.parse(program).steps:
-        match step:
-            case Block(a, b, c, d):
-                x = _block(x, next(left).reshape(a, b, c, d))
-            case Permute(p, q):
-                x = x.unflatten(-1, (p, q)).transpose(-1, -2).flatten(-2)
-            case Bias():
-                x = x + next(left)
-            case Act(fn, _):
-                x = ACTIVATION[fn](x)
-            case Add(_, index):
-                x = x + inputs[index]
-            case Norm(n, "layer", eps):
-                x = F.layer_norm(x, (n,), next(left), next(left), float(eps))
-            case Norm(n, "rms", eps):
-                x = F.rms_norm(x, (n,), next(left), float(eps))
-    return x
+    if _watched((*inputs, *weights)):
+        y: Sequence[Tensor] = torch.ops.structc.tile(inputs, weights, program)
+        return y
+    return _tile(inputs, weights, program)
 
 
-def _block(x: Tensor, w: Tensor) -> Tensor:
-    a, _, c, d = w.shape
-    if a == d == 1:
-        return F.linear(x, w[0, :, :, 0])
-    y = torch.einsum("abcd,...acd->...abd", w, x.unflatten(-1, (a, c, d)))
-    return y.flatten(-3)
-
-
-def dense_reference(
+def dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
 ) -> Tensor:
-    """``act(x @ W.T + b)`` in plain ATen; a transposed weight is stored (in, out)."""
-    return ACTIVATION[act](F.linear(x, weight.t() if transposed else weight, bias))
+    """``structc::dense``; past the dispatcher where nothing watches it."""
+    if _watched((x, weight) if bias is None else (x, weight, bias)):
+        y: Tensor = torch.ops.structc.dense(x, weight, bias, act, transposed)
+        return y
+    return _dense(x, weight, bias, act, transposed)
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+
+def _watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether a gradient is wanted, or a mode, a transform, a tracer or a profiler looks on."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return True
+    graph = torch.is_grad_enabled()
+    return any(type(t) not in _PLAIN or (graph and t.requires_grad) for t in tensors)
 
 
 # ---------------------------------------------------------------------------- implementations
@@ -301,8 +288,10 @@ def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     (x, *others), weights = leaves[: ctx.streams], leaves[ctx.streams :]
     with torch.enable_grad():
         y = tile_reference(x, weights, ctx.program, others)
-    found = torch.autograd.grad(y, leaves, grads[0], allow_unused=True)
-    return list(found[: ctx.streams]), list(found[ctx.streams :]), None
+    able = [t for t in leaves if t.requires_grad]
+    found = iter(torch.autograd.grad(y, able, grads[0], allow_unused=True))
+    all_ = [next(found) if t.requires_grad else None for t in leaves]
+    return all_[: ctx.streams], all_[ctx.streams :], None
 
 
 def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -321,7 +310,7 @@ def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _leaves(saved: Sequence[Tensor]) -> list[Tensor]:
     """Detached copies that record a graph of their own: the forward is computed again."""
-    return [t.detach().requires_grad_() for t in saved]
+    return [t.detach().requires_grad_(t.is_floating_point()) for t in saved]
 
 
 torch.library.register_autograd(

@@ -205,7 +205,7 @@ class Price:
         form: text of the form.
         rows: rows a call.
         latency_ms, baseline_ms: lower quartiles, interleaved in one run.
-        kernel: what ran, ``"tile[token,64]"``, ``"onednn"``, ``"aten"``.
+        kernel: what ran, ``"tile[64]"``, ``"onednn"``, ``"aten"``.
         config: the kernel's configuration, for the artifact.
         baseline: the dense kernel that was fastest.
         spread: (upper quartile - lower quartile) / lower quartile.

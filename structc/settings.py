@@ -19,6 +19,8 @@ class Settings:
         log: level of the ``structc`` logger (``STRUCTC_LOG``).
         native: whether emitted kernels are used at all (``STRUCTC_NATIVE=0`` turns them off).
         compiler: the C++ compiler (``STRUCTC_CXX``, then ``CXX``, then ``g++``).
+        isa: the best instruction set that may be used (``STRUCTC_ISA``), or ``""`` for all that the
+            processor has.
         memory_mb: how much memory calibration may hold before it spills to disk
             (``STRUCTC_MEMORY_MB``).
     """
@@ -28,6 +30,7 @@ class Settings:
     log: str
     native: bool
     compiler: str
+    isa: str
     memory_mb: int
 
 
@@ -37,8 +40,11 @@ VARIABLES: dict[str, str] = {
     "STRUCTC_LOG": "log level: debug, info, warning or error",
     "STRUCTC_NATIVE": "0 turns emitted kernels off; the reference runs instead",
     "STRUCTC_CXX": "C++ compiler for emitted kernels",
+    "STRUCTC_ISA": "best instruction set to use: amx_bf16, avx512_bf16, avx512f or avx2",
     "STRUCTC_MEMORY_MB": "memory that calibration may hold before it spills to disk",
 }
+INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
+"""Those that matter here, best first."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -56,6 +62,7 @@ def current() -> Settings:
         log=_one_of("STRUCTC_LOG", env("STRUCTC_LOG", "warning").lower(), LOG_LEVELS),
         native=_one_of("STRUCTC_NATIVE", env("STRUCTC_NATIVE", "1"), ("0", "1")) == "1",
         compiler=env("STRUCTC_CXX") or env("CXX") or "g++",
+        isa=_one_of("STRUCTC_ISA", env("STRUCTC_ISA", ""), ("", *INSTRUCTION_SETS)),
         memory_mb=_positive_int("STRUCTC_MEMORY_MB", env("STRUCTC_MEMORY_MB", "2048")),
     )
 

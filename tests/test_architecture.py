@@ -22,8 +22,9 @@ ROOT = Path(structc.__file__).parent.parent
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("settings",),
-    ("boundary", "files", "records", "numerics", "hardware", "forms"),
-    ("names", "timing", "trace"),
+    ("boundary", "files", "records", "numerics", "hardware", "steps"),
+    ("forms",),
+    ("names", "reference", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
     ("families", "metrics"),
     ("passes", "codegen", "compiled", "report"),

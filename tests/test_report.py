@@ -73,7 +73,7 @@ def candidate(
     site: LinearSite, family: str, hyper: Mapping[str, int], params: int, ms: float, error: float
 ) -> Candidate:
     dense = next((d for k, _, _, d, _ in LAYERS if site.name.endswith(k)), 4.0)
-    kernel = "onednn" if family == "dense" else "tile[token,64]"
+    kernel = "onednn" if family == "dense" else "tile[64]"
     form = f"block(1,{site.out_features},{site.in_features},1)"
     price = Price(form, site.rows, ms, dense, kernel, {"tile": 64}, "onednn", 0.018, "measured")
     return Candidate(site.name, family, hyper, params, 2 * params, error, price)

@@ -20,11 +20,6 @@ static int32_t parallel(int64_t tasks, const Body& body) {
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Ask for bytes that will be read soon, one cache line after the other.
-static inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
-}
-
 // Memory of one thread that outlives the call: a fresh allocation would fault in its pages each time.
 struct Scratch {
   void* data = nullptr;
@@ -46,41 +41,53 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-// One block factor I_a (x) 1_{b x c} (x) I_d. `parts`: into how many equal pieces each block's output
-// is cut, one for each group of a next factor that reads through a shuffle; `group` is that factor's c;
-// `shuffle` says whether a shuffle stands behind this one. `add` is the input that is added to its
-// output, or -1; gain, shift and eps are of a normalisation.
+// Lanes of float32 in a vector register, as the compiler spells it for every instruction set.
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
+
+// One step of a program: a block factor I_a (x) 1_{b x c} (x) I_d for the kinds panel and strided, b x c
+// blocks for sparse, b = out and c = in for the others. `panel` is the width of its packed panels;
+// `blocks` > 1 says that its input is read through a shuffle of so many blocks. `reads`, `keeps`, `muls`
+// and `adds` are slots, or -1: where its input is when that is not the step before, where its output
+// stays, what it is multiplied by and what is added. gain, shift and eps are of a normalisation.
 struct Stage {
-  int64_t a, b, c, d, panel, parts, shuffle, add, group;
+  int64_t a, b, c, d, panel, blocks, reads, keeps, muls, adds, out;
+  float eps;
   const void* w;
   const float *bias, *gain, *shift;
-  float eps;
-  int64_t in() const { return a * c * d; }
-  int64_t out() const { return a * b * d; }
+  const int64_t* index;
 };
 
-// What a call hands over: sizes are tile, split, then a, b, c, d, panel, parts, shuffle, add and the bits
-// of eps of each stage; weights are the packed factor, bias, gain and shift (or null) of each stage.
+constexpr int SLOTS = 16;  // inputs and kept outputs
+
+// What a call hands over. Sizes are tile, split, the number of inputs, the features of each; then for
+// each step a, b, c, d, panel, blocks, reads, keeps, muls, adds, out and the bits of eps. Weights are
+// the packed factor, bias, gain, shift and index (or null) of each step.
 template <int N>
 struct Chain {
-  int64_t tile, split;
+  int64_t tile, split, inputs;
+  const int64_t* features;
   Stage stage[N];
-  Chain(const int64_t* sizes, const void* const* weights) : tile(sizes[0]), split(sizes[1]) {
+  Chain(const int64_t* sizes, const void* const* weights)
+      : tile(sizes[0]), split(sizes[1]), inputs(sizes[2]), features(sizes + 3) {
     for (int i = 0; i < N; ++i) {
-      const int64_t* s = sizes + 2 + 9 * i;
-      auto vector = [&](int at) { return static_cast<const float*>(weights[4 * i + at]); };
-      const int32_t bits = static_cast<int32_t>(s[8]);
+      const int64_t* s = sizes + 3 + inputs + 12 * i;
+      const void* const* w = weights + 5 * i;
+      auto vector = [&](int at) { return static_cast<const float*>(w[at]); };
+      const int32_t bits = static_cast<int32_t>(s[11]);
       float eps;
       std::memcpy(&eps, &bits, sizeof eps);
-      stage[i] = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], 0, weights[4 * i],
-                  vector(1), vector(2), vector(3), eps};
-      if (i) stage[i - 1].group = s[2];
+      stage[i] = {s[0], s[1], s[2],  s[3], s[4], s[5], s[6],      s[7],      s[8],
+                  s[9], s[10], eps, w[0], vector(1), vector(2), vector(3),
+                  static_cast<const int64_t*>(w[4])};
     }
   }
-  // Features between the factors: the widest of those that share a buffer.
-  int64_t room(int parity) const {
-    int64_t most = 0;
-    for (int i = parity; i + 1 < N; i += 2) most = stage[i].out() > most ? stage[i].out() : most;
-    return most;
-  }
 };
+
+// The epilogue on a row of sums, and the rounding.
+template <class Tail, class To>
+static inline void finish(float* sums, int64_t cols, const float* bias, To* to);

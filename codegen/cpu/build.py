@@ -94,10 +94,15 @@ def _version_of(path: str, mtime_ns: int) -> str | Refusal:
 
 
 def flags() -> tuple[str, ...]:
-    """Compiler flags for this machine."""
-    native = "-march=native" if _is_x86() else "-mcpu=native"
-    wide = ("-mprefer-vector-width=512",) if "avx512f" in hardware.target().isa else ()
-    return (*FLAGS, native, *wide)
+    """Compiler flags for this machine, no better than ``STRUCTC_ISA`` allows."""
+    isa = hardware.target().isa
+    if not _is_x86():
+        return (*FLAGS, "-mcpu=native")
+    if "avx512f" not in isa:
+        return (*FLAGS, "-march=x86-64-v3")
+    capped = settings.current().isa and "amx_bf16" not in isa
+    without = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16") if capped else ()
+    return (*FLAGS, "-march=native", "-mprefer-vector-width=512", *without)
 
 
 def _is_x86() -> bool:

@@ -1,24 +1,21 @@
 """The emitter: from a program's stages to readable C++.
 
-A library is generic in all sizes; what it is specialised to is a :class:`Spec`. Two layouts:
-
-``token``    rows of x are the A operand as they lie in memory; each factor is packed once,
-             transposed and cut into panels of columns that stay in L1 or L2 while a tile passes.
-``feature``  a tile of tokens is transposed in registers, features become rows, and the factors are
-             the A operand as stored. A permutation is then a stride (``ldc``) and narrow blocks
-             still fill vectors, which run along tokens.
+A library is generic in all sizes; what it is specialised to is a :class:`Spec`. Rows of x are the A
+operand as they lie in memory; each factor is packed once, transposed and cut into panels of columns
+that stay in L1 or L2 while a tile of tokens passes. A shuffle is a stride of A.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
 import torch
 
 from structc.codegen.cpu.program import DTYPES, Program
-from structc.forms import ACTIVATIONS
+from structc.steps import ACTIVATIONS, NORMS
 
 
 @dataclass(frozen=True)
@@ -26,35 +23,28 @@ class Spec:
     """What one library is specialised to; sizes are run-time arguments.
 
     Attributes:
-        layout: ``"token"`` or ``"feature"``.
         dtype: of inputs, weights and outputs.
         stages: for each factor its kind and tail: ``"panel"``, ``"strided+bias+gelu"``.
-        rows: for each factor what is done to whole rows: ``""``, ``"add+layer"``.
+        wholes: for each factor what is done to whole rows: ``""``, ``"mul+add+layer"``.
     """
 
-    layout: str
     dtype: torch.dtype
     stages: tuple[str, ...]
-    rows: tuple[str, ...] = ()
+    wholes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """File name of the emitted source: ``token_f32_panel_panel-bias-gelu``."""
-        both = itertools.zip_longest(self.stages, self.rows, fillvalue="")
+        """File name of the emitted source: ``f32_panel_panel-bias-gelu``."""
+        both = itertools.zip_longest(self.stages, self.wholes, fillvalue="")
         words = ("+".join(filter(None, pair)).replace("+", "-") for pair in both)
-        return "_".join([self.layout, DTYPES[self.dtype], *words])
+        return "_".join([DTYPES[self.dtype], *words])
 
 
-def spec_of(program: Program, layout: str, dtype: torch.dtype) -> Spec:
+def spec_of(program: Program, dtype: torch.dtype) -> Spec:
     """The library that runs a program."""
-    words = tuple(_word(layout, s.block.d, s.tail) for s in program.stages)
-    rows = tuple(s.rows_tail for s in program.stages)
-    return Spec(layout, dtype, words, rows if any(rows) else ())
-
-
-def _word(layout: str, d: int, tail: str) -> str:
-    kind = "rows" if layout == "feature" else "strided" if d > 1 else "panel"
-    return f"{kind}+{tail}" if tail else kind
+    words = tuple("+".join(filter(None, [s.kind, s.tail])) for s in program.stages)
+    wholes = tuple(s.whole for s in program.stages)
+    return Spec(dtype, words, wholes if any(wholes) else ())
 
 
 def emit(spec: Spec) -> str:
@@ -69,9 +59,8 @@ _STANDARD = ("cmath", "cstdint", "cstdlib", "cstring", "new")
 
 def pieces(spec: Spec) -> list[str]:
     """The headers that a source is put together from, in their order."""
-    layout = ("token",) if spec.layout == "token" else ("transpose", "feature")
     words = {part for word in spec.stages for part in word.split("+")[1:]}
-    return ["base", DTYPES[spec.dtype], *layout, *(act for act in ACTIVATIONS if act in words)]
+    return ["base", DTYPES[spec.dtype], "tile", *(act for act in ACTIVATIONS if act in words)]
 
 
 def _own(spec: Spec) -> list[str]:
@@ -106,26 +95,32 @@ struct {_name(parts)} {{
 """
 
 
+KINDS = {
+    "panel": ("panel<{}>", "panels"),
+    "sparse": ("sparse<{}>", "rows_of_blocks"),
+    "strided": ("strided<{}, false>", "strips"),
+    "woven": ("strided<{}, true>", "strips"),
+    "move": ("move<{}, false>", "eighths"),
+    "listed": ("move<{}, true>", "eighths"),
+    "shuffle": ("shuffle<{}>", "eighths"),
+}
+"""For each kind of stage the function that serves a unit of it, and the one that counts units."""
+
+
 def _entry(spec: Spec, tails: list[str]) -> str:
     count = len(tails)
-    if spec.layout == "token":
-        kinds = (word.split("+")[0] for word in spec.stages)
-        steps = ", ".join(f"{k}<{t}>" for k, t in zip(kinds, tails, strict=True))
-        rows = ", ".join(map(_rows, spec.rows or [""] * count))
-        tables = (
-            f"    static constexpr Step steps[] = {{{steps}}};\n"
-            f"    static constexpr Rows tails[] = {{{rows}}};\n"
-        )
-        call = f"run(steps, tails, Chain<{count}>(sizes, weights), inputs"
-    else:
-        tables = ""
-        call = f"run<{tails[-1]}>(Chain<{count}>(sizes, weights), static_cast<const T*>(*inputs)"
+    functions = (KINDS[word.split("+")[0]] for word in spec.stages)
+    steps = (f"{{{u.format(t)}, {n}}}" for (u, n), t in zip(functions, tails, strict=True))
+    wholes = map(_whole, spec.wholes or [""] * count)
     return f"""\
 extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
                                int64_t rows, const int64_t* sizes) {{
   try {{
-{tables}    return {call},
-               static_cast<T*>(y), rows);
+    static constexpr Step steps[] = {{
+{_lines(steps)}    }};
+    static constexpr Whole wholes[] = {{
+{_lines(wholes)}    }};
+    return run(steps, wholes, Chain<{count}>(sizes, weights), inputs, static_cast<T*>(y), rows);
   }} catch (...) {{
     return 2;  // out of memory; an exception may not cross into C
   }}
@@ -133,8 +128,14 @@ extern "C" int32_t structc_run(const void* const* inputs, const void* const* wei
 """
 
 
-def _rows(word: str) -> str:
+def _lines(values: Iterable[str]) -> str:
+    return "".join(f"        {value},\n" for value in values)
+
+
+def _whole(word: str) -> str:
     if not word:
         return "nullptr"
-    added, kind = "add" in word.split("+"), word.removeprefix("add").lstrip("+")
-    return f"whole_rows<{str(added).lower()}, {kind.title() or 'None'}>"
+    parts = word.split("+")
+    flags = [str(flag in parts).lower() for flag in ("mul", "add")]
+    kind = parts[-1].title() if parts[-1] in NORMS else "None"
+    return f"whole<{', '.join(flags)}, {kind}>"

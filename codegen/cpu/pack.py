@@ -2,55 +2,83 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from structc import ops
-from structc.codegen.cpu.program import Program, Stage, product
+from structc.codegen.cpu.program import DEPTH, Stage, product
 from structc.forms import Block
 
 PACK = 16
 """Panels are multiples of this many columns."""
+WEIGHT, BIAS, GAIN, SHIFT, INDEX = range(5)
+"""Places of a stage's vectors."""
+VECTORS = 5
 
 
+@dataclass(frozen=True)
 class Prepared:
-    """Packed copies of weights at one place of a program, one for each layer that runs it.
+    """How weights are laid out for one place of a program.
+
+    Attributes:
+        tag: what tells the layout from others of the same weights.
+        pack: makes it.
+    """
+
+    tag: str
+    pack: Callable[[Sequence[Tensor]], Tensor]
+
+
+Place = tuple[int, Prepared, tuple[int, ...]]
+"""Where a packed copy goes among the pointers, how it is made, and of which weights."""
+
+
+class Copies:
+    """Pointers to the packed weights of each layer that runs a kernel.
 
     :func:`structc.ops.derived` owns the copies; this remembers where they are, because asking it
     costs a microsecond a weight, as much as a small product.
     """
 
-    def __init__(self, tag: str, pack: Callable[[Sequence[Tensor]], Tensor]) -> None:
-        self.tag, self.pack = tag, pack
+    def __init__(self, places: Sequence[Place], pointers: int) -> None:
+        self._places = tuple(places)
+        self._array = ctypes.c_void_p * pointers
         self._known: dict[int, _Copy] = {}
 
-    def address(self, weights: Sequence[Tensor]) -> tuple[int, Tensor]:
-        """Where the copy of some weights lies, and the copy, which the caller keeps alive."""
-        name = id(weights[0])
+    def of(self, weights: Sequence[Tensor]) -> _Copy:
+        """The copies of some weights, which the caller keeps alive while it uses them."""
+        name = id(weights[0]) if weights else 0
         known = self._known.get(name)
-        if known is not None and known.is_of(weights):
-            return known.address, known.packed
-        packed = ops.derived(weights, self.tag, self.pack)
-        if not any(w.is_inference() for w in weights):  # those have no version, and no copy is kept
-            table = self._known
-            stamps = [
-                (weakref.ref(w, lambda _: table.pop(name, None)), w._version, w.data_ptr())
-                for w in weights
-            ]
-            table[name] = _Copy(tuple(stamps), packed, packed.data_ptr())
-        return packed.data_ptr(), packed
+        return known if known is not None and known.is_of(weights) else self._made(name, weights)
+
+    def _made(self, name: int, weights: Sequence[Tensor]) -> _Copy:
+        pointers, packed = self._array(), []
+        for at, prepared, sources in self._places:
+            packed.append(ops.derived([weights[i] for i in sources], prepared.tag, prepared.pack))
+            pointers[at] = packed[-1].data_ptr()
+        if any(w.is_inference() for w in weights):  # those have no version: for this call alone
+            return _Copy((), pointers, tuple(packed))
+        table = self._known
+        stamps = [
+            (weakref.ref(w, lambda _: table.pop(name, None)), w._version, w.data_ptr())
+            for w in weights
+        ]
+        table[name] = made = _Copy(tuple(stamps), pointers, tuple(packed))
+        return made
 
 
 @dataclass(frozen=True, eq=False)
 class _Copy:
     stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]
-    packed: Tensor
-    address: int
+    pointers: ctypes.Array[ctypes.c_void_p]
+    packed: tuple[Tensor, ...]
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
         for weight, (reference, version, pointer) in zip(weights, self.stamps, strict=True):
@@ -62,109 +90,131 @@ class _Copy:
 
 
 def prepared(
-    program: Program,
-    blocks: Sequence[Block],
-    layout: str,
-    dtype: torch.dtype,
-    panels: Sequence[int],
-    *,
-    transposed: bool = False,
-) -> list[tuple[Prepared, tuple[int, ...]]]:
-    """For each stage how its factor is packed, and of which of the program's blocks.
+    stage: Stage, dtype: torch.dtype, panel: int, *, transposed: bool = False
+) -> list[Place]:
+    """For each vector that a stage reads: its place, how it is made, and of which weights.
 
     Args:
-        program: as analysed.
-        blocks: the program's own block factors, before any were merged.
-        layout, dtype: of the kernel.
-        panels: width of panels for each stage.
+        stage: as analysed.
+        dtype: of the kernel.
+        panel: width of panels.
         transposed: whether the weight of a one-block program is stored (in, out).
     """
-    made = []
-    for at, stage in enumerate(program.stages):
-        before = program.stages[at - 1] if at else None
-        parts = parts_of(program, at)
-        order = before.block.a if before is not None and stage.shuffled else 1
-        own = [blocks[i] for i in stage.sources]
-        if layout == "feature":
-            packed = _stored(stage, own, transposed)
-        elif stage.block.d > 1:
-            packed = _wide(stage, own)
-        else:
-            packed = _panels(stage, own, panels[at], parts, order, dtype, transposed)
-        made.append((packed, stage.sources))
+    made: list[Place] = []
+    first, *others = stage.weights or (0,)
+    match stage.kind:
+        case "panel":
+            made.append((WEIGHT, _panels(stage, panel, dtype, transposed), stage.weights))
+        case "strided" | "woven":
+            made.append((WEIGHT, _wide(stage), stage.weights))
+        case "sparse":
+            values, rows = first, others[0]
+            made.append((WEIGHT, _sparse(stage.block, panel, dtype), (values, rows)))
+            made.append((INDEX, _places(stage.block.c), tuple(others)))
+        case "listed":
+            made.append((INDEX, Prepared("listed", lambda w: w[0].long().contiguous()), (first,)))
+    if stage.bias is not None:
+        made.append((BIAS, _vector(stage.out), (stage.bias,)))
+    if stage.norm is not None:
+        norm, at = stage.norm
+        for place, weight in zip((GAIN, SHIFT), range(at, at + norm.weights), strict=False):
+            made.append((place, _vector(stage.out), (weight,)))
     return made
 
 
-def parts_of(program: Program, at: int) -> int:
-    """Into how many parts each block's output is cut: one for each group behind a shuffle."""
-    following = program.stages[at + 1] if at + 1 < len(program.stages) else None
-    return following.block.a if following is not None and following.shuffled else 1
-
-
-def vector_copy(width: int) -> Prepared:
+def _vector(width: int) -> Prepared:
     """A bias, gain or shift as the kernels read it: float32."""
     return Prepared(f"vector{width}", lambda w: w[0].float().reshape(width).contiguous())
 
 
-def _joined(stage: Stage, own: Sequence[Block], weights: Sequence[Tensor], flip: bool) -> Tensor:
+def _joined(stage: Stage, weights: Sequence[Tensor], flip: bool) -> Tensor:
     """(a, b, c, d), of one factor or of several that were merged."""
     if flip:
         weights = [w.t() for w in weights]
     shape = (stage.block.a, stage.block.b, stage.block.c, stage.block.d)
-    if len(own) == 1:
+    if len(stage.parts) == 1:
         return weights[0].reshape(shape)
-    wide = product(list(own), [w.double() for w in weights])
+    wide = product(list(stage.parts), [w.double() for w in weights])
     return wide.to(weights[0].dtype).reshape(shape)
 
 
-def _stored(stage: Stage, own: Sequence[Block], flip: bool) -> Prepared:
+def _wide(stage: Stage) -> Prepared:
     def keep(weights: Sequence[Tensor]) -> Tensor:
-        return _joined(stage, own, weights, flip).permute(0, 3, 1, 2).contiguous()
+        if stage.kind == "woven":  # blocks (a, b, c) beside each other become vectors along a
+            b, c, a = stage.block.b, stage.block.c, stage.block.d
+            return weights[0].reshape(a, b, c).permute(1, 2, 0).float().contiguous()
+        return _joined(stage, weights, False).float().contiguous()
 
-    return Prepared(f"stored{stage.block}{own}{flip}", keep)
-
-
-def _wide(stage: Stage, own: Sequence[Block]) -> Prepared:
-    def keep(weights: Sequence[Tensor]) -> Tensor:
-        return _joined(stage, own, weights, False).float().contiguous()
-
-    return Prepared(f"wide{stage.block}{own}", keep)
+    return Prepared(f"wide{stage.kind}{stage.block}{stage.parts}", keep)
 
 
-def _panels(
-    stage: Stage,
-    own: Sequence[Block],
-    width: int,
-    parts: int,
-    order: int,
-    dtype: torch.dtype,
-    flip: bool,
-) -> Prepared:
-    """Pack (a, b, c): blocks cut into ``parts``, columns of panels contiguous, (c, panel) each.
+def _panels(stage: Stage, width: int, dtype: torch.dtype, flip: bool) -> Prepared:
+    """Pack (a, b, c): columns of panels contiguous, (c, panel) each.
 
-    ``order`` > 1 brings the inputs of a factor behind a shuffle, stored (rho, kappa), to (kappa,
-    rho). In bfloat16 pairs of rows are interleaved: (c / 2, panel, 2).
+    Behind a shuffle of p blocks the inputs of a block, stored (c / p, p), come to (p, c / p). In
+    bfloat16 pairs of rows are interleaved, (c / 2, panel, 2), c filled up to whole steps.
     """
     a, b, c = stage.block.a, stage.block.b, stage.block.c
+    p = stage.blocks or stage.ordered
+    runs = stage.blocks or 1
 
     def pack(weights: Sequence[Tensor]) -> Tensor:
-        w = _joined(stage, own, weights, flip).reshape(a, b, c)
-        if order > 1:
-            w = w.unflatten(2, (c // order, order)).transpose(2, 3).flatten(2)
-        w = w.reshape(a * parts, b // parts, c).transpose(1, 2)
-        edges = panel_edges(b // parts, width)
-        padded = w.new_zeros(a * parts, c, edges[-1])
-        padded[:, :, : b // parts] = w
-        cut = [padded[:, :, i:j] for i, j in itertools.pairwise(edges)]
+        w = _joined(stage, weights, flip).reshape(a, b, c)
+        if p > 1:
+            w = w.unflatten(2, (c // p, p)).transpose(2, 3).flatten(2)
         if dtype == torch.bfloat16:
-            cut = [p.unflatten(1, (c // 2, 2)).transpose(2, 3) for p in cut]
-        return torch.cat([p.flatten(1) for p in cut], dim=1).contiguous()
+            w = _filled(w.unflatten(2, (runs, c // runs))).flatten(2)
+        return torch.cat(_cut(w, width), dim=1).contiguous()
 
-    return Prepared(f"panels{stage.block}{own}{width},{parts},{order},{dtype},{flip}", pack)
+    return Prepared(f"panels{stage.block}{stage.parts}{width},{p},{runs},{dtype},{flip}", pack)
+
+
+def _sparse(block: Block, width: int, dtype: torch.dtype) -> Prepared:
+    """Pack (nnz, b, c): the blocks of each row of blocks as one (count * c, b), cut into panels."""
+
+    def pack(weights: Sequence[Tensor]) -> Tensor:
+        w, rows = weights
+        w = _filled(w) if dtype == torch.bfloat16 else w
+        edges = rows.tolist()
+        parts = [
+            panel.flatten()
+            for begin, end in itertools.pairwise(edges)
+            for panel in _cut(w[begin:end].permute(1, 0, 2).flatten(1)[None], width)
+        ]
+        return torch.cat(parts).contiguous()
+
+    return Prepared(f"sparse{block}{width},{dtype}", pack)
+
+
+def _places(c: int) -> Prepared:
+    """Where the blocks of each row begin, then the first input of each block."""
+
+    def pack(weights: Sequence[Tensor]) -> Tensor:
+        rows, columns = weights
+        return torch.cat([rows.long(), columns.long() * c])
+
+    return Prepared(f"places{c}", pack)
+
+
+def _filled(w: Tensor) -> Tensor:
+    """The last dimension filled up with zeros to whole steps of a bfloat16 product."""
+    return F.pad(w, (0, -w.shape[-1] % DEPTH))
+
+
+def _cut(w: Tensor, width: int) -> list[Tensor]:
+    """(a, b, c) transposed and cut into panels of columns, each (a, c * panel)."""
+    a, b, c = w.shape
+    edges = panel_edges(b, width)
+    padded = w.new_zeros(a, c, edges[-1])
+    padded[:, :, :b] = w.transpose(1, 2)
+    cut = [padded[:, :, i:j] for i, j in itertools.pairwise(edges)]
+    if w.dtype == torch.bfloat16:
+        cut = [p.unflatten(1, (c // 2, 2)).transpose(2, 3) for p in cut]
+    return [p.flatten(1) for p in cut]
 
 
 def panel_edges(columns: int, width: int) -> list[int]:
-    """Where panels start, and the padded end; the rule of ``token.h``.
+    """Where panels start, and the padded end; the rule of ``tile.h``.
 
     >>> panel_edges(153, 64)
     [0, 64, 112, 160]

@@ -1,4 +1,4 @@
-"""A tile program as the CPU emitter sees it: block factors one after the other, with epilogues."""
+"""A tile program as the CPU emitter sees it: factors in turn, with what follows each."""
 
 from __future__ import annotations
 
@@ -7,120 +7,242 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from structc.forms import Act, Add, Bias, Block, Norm, Permute, Step, Tile
+from structc import hardware
+from structc.forms import (
+    Act,
+    Add,
+    Bias,
+    Block,
+    Keep,
+    Load,
+    Mul,
+    Norm,
+    Permute,
+    Select,
+    Sparse,
+    Step,
+    Tile,
+)
 from structc.records import Refusal
 
-LAYOUTS = ("token", "feature")
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NEEDS = {torch.float32: "avx2", torch.bfloat16: "avx512_bf16"}
+"""The instruction set without which a dtype has no emitted kernel."""
 MERGED = 16
 """Consecutive small factors become one whose blocks have at most this many rows and columns."""
 FREE_GROWTH = 2.0
 """A merged factor may take so many times the products of its parts: calls and passes are saved."""
+THIN = 16
+"""Blocks below this leave vectors empty: vectors then run across blocks."""
+DEPTH = 32
+"""bfloat16 products take so many columns at a time."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One block factor as it runs, and what is done to its output.
+    """One factor as it runs, and what is done to its output.
 
     Attributes:
-        block: the pattern, of several merged factors perhaps.
-        sources: which of the program's block weights it is made of, first applied first.
-        shuffled: whether its input comes through the perfect shuffle of the stage before.
-        bias: whether a bias is added.
+        kind: ``panel`` (a block factor with d = 1), ``strided`` (d > 1), ``woven`` (strided, its
+            output shuffled), ``sparse``, ``listed`` (a selection), ``shuffle``, ``move`` (no
+            factor: its input goes on to what follows).
+        block: the pattern, of several merged factors perhaps; of a sparse one a block; of the last
+            three (1, out, in, 1).
+        out: features.
+        weights: which of the program's weights it is made of, first applied first.
+        parts: their patterns, before any were merged.
+        blocks: its input is read through a shuffle of so many blocks; 0 as it is.
+        run: how many features stay side by side in a shuffle that is carried out.
+        ordered: the shuffle before it was carried out in runs, of so many blocks.
+        reads: the slot where its input is, or None: the stage before.
+        bias: position of its bias among the weights.
         act: the activation behind that, or ``""``.
-        add: the input that is added behind that, or None.
-        norm: the normalisation at the end, or None.
+        mul, add: slots that it is multiplied by, and that are added then.
+        norm: the normalisation behind that, and the position of its first weight.
+        keeps: the slot where the output stays.
     """
 
+    kind: str
     block: Block
-    sources: tuple[int, ...]
-    shuffled: bool = False
-    bias: bool = False
+    out: int
+    weights: tuple[int, ...] = ()
+    parts: tuple[Block, ...] = ()
+    blocks: int = 0
+    run: int = 1
+    ordered: int = 0
+    reads: int | None = None
+    bias: int | None = None
     act: str = ""
+    mul: int | None = None
     add: int | None = None
-    norm: Norm | None = None
+    norm: tuple[Norm, int] | None = None
+    keeps: int | None = None
 
     @property
     def tail(self) -> str:
         """The epilogue as the emitter's word for it: ``"bias+gelu"``."""
-        return "+".join(filter(None, ["bias" if self.bias else "", self.act]))
+        return "+".join(filter(None, ["" if self.bias is None else "bias", self.act]))
 
     @property
-    def rows_tail(self) -> str:
-        """What is done to whole rows, as the emitter's word for it: ``"add+layer"``."""
-        kind = "" if self.norm is None else self.norm.kind
-        return "+".join(filter(None, ["" if self.add is None else "add", kind]))
+    def whole(self) -> str:
+        """What is done to whole rows, as the emitter's word for it: ``"mul+add+layer"``."""
+        kind = "" if self.norm is None else self.norm[0].kind
+        given = ["" if self.mul is None else "mul", "" if self.add is None else "add", kind]
+        return "+".join(filter(None, given))
 
     @property
     def bare(self) -> bool:
         """Whether the product goes on as it is."""
-        return not self.tail and not self.rows_tail
+        return not self.tail and not self.whole and self.keeps is None
 
 
 @dataclass(frozen=True)
 class Program:
-    """Stages of a tile program.
-
-    Attributes:
-        stages: in the order in which they run.
-    """
+    """Stages of a tile program, in the order in which they run."""
 
     stages: tuple[Stage, ...]
-
-    @property
-    def in_features(self) -> int:
-        return self.stages[0].block.in_features
+    inputs: tuple[int, ...]
+    """Features of each input."""
 
     @property
     def out_features(self) -> int:
-        return self.stages[-1].block.out_features
+        return self.stages[-1].out
 
 
-def analyse(form: Tile, layout: str, dtype: torch.dtype = torch.float32) -> Program | Refusal:
-    """The program's stages, or why no kernel of this layout is emitted for it.
+def analyse(form: Tile, dtype: torch.dtype = torch.float32) -> Program | Refusal:
+    """The program's stages, or why no kernel is emitted for it.
 
-    >>> analyse(Tile.parse("block(1,8,32,1) block(1,32,8,1) act(relu,32)"), "token").stages[-1].act
+    >>> analyse(Tile.parse("block(1,8,32,1) block(1,32,8,1) act(relu,32)")).stages[-1].act
     'relu'
     """
     if dtype not in DTYPES:
         return _refuse("DTYPE", f"emitted kernels are float32 or bfloat16, not {dtype}")
-    stages = _stages(list(form.steps))
-    if stages is None:
-        return _refuse("STEPS", f"{form}: not block factors with shuffles and epilogues")
-    program = Program(tuple(_merged(stages)))
-    return _unserved(program, layout, dtype) or program
+    isa = hardware.target().isa
+    if NEEDS[dtype] not in isa:
+        return _refuse("ISA", f"{dtype} needs {NEEDS[dtype]}; this processor has {', '.join(isa)}")
+    empty = [s for s in form.steps if not _filled(s)]
+    if empty:
+        return _refuse("EMPTY", f"{empty[0]} has no elements")
+    reader = _Reader(dtype)
+    for step in form.steps:
+        reader.take(step)
+    return Program(tuple(_merged(reader.finish())), form.input_features)
 
 
-def _stages(steps: list[Step]) -> list[Stage] | None:
-    """One stage for each block factor; None if something else stands between them."""
-    stages: list[Stage] = []
-    shuffled = False
-    for step in steps:
-        if isinstance(step, Block):
-            stages.append(Stage(step, (len(stages),), shuffled))
-            shuffled = False
-            continue
-        last = stages[-1] if stages else None
-        if last is None or shuffled:
-            return None
+def _filled(step: Step) -> bool:
+    if isinstance(step, Block):
+        return min(step.a, step.b, step.c, step.d) > 0
+    if isinstance(step, Sparse):
+        return min(step.m, step.n) > 0
+    return step.out_features > 0
+
+
+def _refuse(code: str, reason: str) -> Refusal:
+    return Refusal("", "tile", code, reason)
+
+
+# ---------------------------------------------------------------------------- stages
+
+
+class _Reader:
+    """Steps in, stages out: a step that fits behind the last stage joins it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.stages: list[Stage] = []
+        self.shuffle: Permute | None = None  # not yet carried out
+        self.reads: int | None = None
+        self.fresh = True  # nothing can join the last stage: there is none, or a slot was loaded
+        self.n = 0
+        self.weight = 0
+
+    def take(self, step: Step) -> None:
+        self.n = self.n or (0 if isinstance(step, Load) else step.in_features)
         match step:
-            case Permute(p, q) if last.bare and (p, q, 1) == (
-                last.block.a,
-                last.block.b,
-                last.block.d,
-            ):
-                shuffled = p > 1 and q > 1
-            case Bias() if last.bare:
-                stages[-1] = replace(last, bias=True)
-            case Act(fn, _) if not last.act and not last.rows_tail:
-                stages[-1] = replace(last, act=fn)
-            case Add(_, index) if not last.rows_tail:
-                stages[-1] = replace(last, add=index)
-            case Norm() if last.norm is None:
-                stages[-1] = replace(last, norm=step)
+            case Block():
+                self._block(step)
+            case Sparse(m, _, b, c, _):
+                self._carry_out()
+                self._push("sparse", Block(1, b, c, 1), m, step.weights)
+            case Select(m, n):
+                self._carry_out()
+                self._push("listed", Block(1, m, n, 1), m, step.weights)
+            case Permute(p, q):
+                self._carry_out()
+                self.shuffle = step if p > 1 and q > 1 else None
+            case Load():
+                self._carry_out()
+                self.reads, self.fresh, self.n = step.index, True, step.n
             case _:
-                return None
-    return None if shuffled or not stages else stages
+                self._carry_out()
+                self._join(step)
+        self.weight += step.weights
+
+    def finish(self) -> list[Stage]:
+        self._carry_out()
+        if self.fresh:
+            self._move()
+        return self.stages
+
+    def _push(self, kind: str, block: Block, out: int, weights: int = 0, **more: int) -> None:
+        own = tuple(range(self.weight, self.weight + weights))
+        made = Stage(kind, block, out, own, (block,), reads=self.reads)
+        self.stages.append(replace(made, **more))  # type: ignore[arg-type]
+        self.reads, self.fresh, self.n = None, False, out
+
+    def _block(self, step: Block) -> None:
+        shuffle, self.shuffle = self.shuffle, None
+        kind = "panel" if step.d == 1 else "strided"
+        if shuffle is None:
+            return self._push(kind, step, step.out_features, 1)
+        run = step.c // shuffle.p if step.d == 1 and step.c % shuffle.p == 0 else 0
+        if run == 1 and max(step.b, step.c) < THIN <= step.a:
+            across = Block(1, step.b, step.c, step.a)
+            return self._push("woven", across, step.out_features, 1)
+        if run and (self.dtype == torch.float32 or run % DEPTH == 0):
+            return self._push(kind, step, step.out_features, 1, blocks=shuffle.p)
+        self._shuffle(shuffle, max(run, 1))
+        return self._push(kind, step, step.out_features, 1, ordered=shuffle.p if run > 1 else 0)
+
+    def _carry_out(self) -> None:
+        if self.shuffle is not None:
+            self._shuffle(self.shuffle, 1)
+            self.shuffle = None
+
+    def _shuffle(self, step: Permute, run: int) -> None:
+        n = step.out_features
+        self._push("shuffle", Block(1, n, n, 1), n, blocks=step.p, run=run)
+
+    def _move(self) -> None:
+        self._push("move", Block(1, self.n, self.n, 1), self.n)
+
+    def _join(self, step: Step) -> None:
+        joined = None if self.fresh else _joined(self.stages[-1], step, self.weight)
+        if joined is None:
+            self._move()
+            joined = _joined(self.stages[-1], step, self.weight)
+            assert joined is not None
+        self.stages[-1] = joined
+
+
+def _joined(last: Stage, step: Step, weight: int) -> Stage | None:
+    """The stage with one more step behind it, or None if its order does not allow that."""
+    if last.keeps is not None:
+        return None
+    match step:
+        case Bias() if last.bare:
+            return replace(last, bias=weight)
+        case Act(fn, _) if not last.act and not last.whole:
+            return replace(last, act=fn)
+        case Mul(_, index) if not last.whole:
+            return replace(last, mul=index)
+        case Add(_, index) if last.add is None and last.norm is None:
+            return replace(last, add=index)
+        case Norm() if last.norm is None:
+            return replace(last, norm=(step, weight))
+        case Keep(_, index):
+            return replace(last, keeps=index)
+    return None
 
 
 # ---------------------------------------------------------------------------- merging
@@ -134,7 +256,7 @@ def _merged(stages: list[Stage]) -> list[Stage]:
     """
     done = [stages[0]]
     for stage in stages[1:]:
-        joined = _join(done[-1], stage)
+        joined = _product(done[-1], stage)
         if joined is None:
             done.append(stage)
         else:
@@ -142,18 +264,25 @@ def _merged(stages: list[Stage]) -> list[Stage]:
     return done
 
 
-def _join(first: Stage, second: Stage) -> Stage | None:
-    if not first.bare or first.shuffled or second.shuffled:
+def _product(first: Stage, second: Stage) -> Stage | None:
+    if not first.bare or second.reads is not None:
+        return None
+    if any(s.kind not in ("panel", "strided") or s.blocks or s.ordered for s in (first, second)):
         return None
     one, two = first.block, second.block
-    if min(one.a, one.b, one.c, one.d, two.a, two.b, two.c, two.d) < 1:
-        return None
     if one.a % two.a or two.d % one.d:
         return None
     made = Block(two.a, two.b * two.d // one.d, one.c * one.a // two.a, one.d)
     if max(made.b, made.c) > MERGED or _size(made) > FREE_GROWTH * (_size(one) + _size(two)):
         return None
-    return replace(second, block=made, sources=first.sources + second.sources)
+    return replace(
+        second,
+        kind="panel" if made.d == 1 else "strided",
+        block=made,
+        weights=first.weights + second.weights,
+        parts=first.parts + second.parts,
+        reads=first.reads,
+    )
 
 
 def _size(block: Block) -> int:
@@ -186,36 +315,3 @@ def product(blocks: list[Block], weights: list[Tensor]) -> Tensor:
 
 def _shape(block: Block) -> tuple[int, int, int, int]:
     return block.a, block.b, block.c, block.d
-
-
-# ---------------------------------------------------------------------------- what is served
-
-
-def _unserved(program: Program, layout: str, dtype: torch.dtype) -> Refusal | None:
-    blocks = [stage.block for stage in program.stages]
-    if min(min(_shape(b)) for b in blocks) < 1:
-        return _refuse("EMPTY", "a block factor without elements has no emitted kernel")
-    for before, stage in zip(program.stages, program.stages[1:], strict=False):
-        if stage.shuffled and layout == "token" and stage.block.d > 1:
-            return _refuse("STRIDED", "a shuffle stands before a factor with d > 1")
-        if stage.shuffled and layout == "token" and stage.block.c % before.block.a:
-            return _refuse(
-                "SPLIT",
-                f"groups of {stage.block.c} do not take whole parts of {before.block.a} blocks",
-            )
-    if dtype == torch.bfloat16:
-        if layout == "feature":
-            return _refuse("LAYOUT", "the feature layout is float32 alone")
-        odd = [b.c for b in blocks if b.c % 2 and b.d == 1]
-        if odd:
-            return _refuse("ODD", f"bfloat16 products take pairs of inputs, a block has {odd[0]}")
-    if layout == "feature":
-        if not all(s.bare for s in program.stages[:-1]):
-            return _refuse("LAYOUT", "the feature layout has no epilogues between factors")
-        if program.stages[-1].rows_tail:
-            return _refuse("LAYOUT", "the feature layout adds and normalises nothing")
-    return None
-
-
-def _refuse(code: str, reason: str) -> Refusal:
-    return Refusal("", "tile", code, reason)

@@ -11,32 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structc import ops
+from structc import reference
 from structc.codegen.cpu import build
 from structc.codegen.cpu.emit import Spec, emit, spec_of
-from structc.codegen.cpu.pack import PACK, Prepared, parts_of, prepared, vector_copy
-from structc.codegen.cpu.program import Program, analyse
-from structc.forms import NORMS, Act, Add, Bias, Block, Norm, Permute, Step, Tile
+from structc.codegen.cpu.pack import PACK, VECTORS, Copies, Place, prepared
+from structc.codegen.cpu.program import Program, Stage, analyse
+from structc.codegen.cpu.samples import sample, sample_form
+from structc.forms import Select, Sparse, Step, Tile
 from structc.numerics import relative_error
 from structc.records import Refusal
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative error of a self-test that is still rounding."""
-VECTORS = 4
-"""Pointers of one stage: packed factor, bias, gain and shift."""
 CONFIG_RANGES: dict[str, tuple[int, int]] = {
     "tile": (1, 4096),
-    "panel1": (PACK, 4096),
-    "panel2": (PACK, 4096),
+    "panel": (PACK, 4096),
     "split": (0, 1),
 }
-DEFAULT: dict[str, int | str] = {
-    "layout": "token",
-    "tile": 64,
-    "panel1": 48,
-    "panel2": 48,
-    "split": 0,
-}
+DEFAULT: dict[str, int | str] = {"tile": 64, "panel": 64, "split": 0}
 """What a config leaves out."""
 
 # Called through ctypes with pointers: as fast a call as an operator of the stable C++ interface
@@ -58,18 +50,18 @@ class TileKernel:
     program: Program
     function: Callable[..., int]
     sizes: ctypes.Array[ctypes.c_int64]
-    places: tuple[tuple[int, Prepared, tuple[int, ...]], ...]
-    """Where each packed copy goes among the pointers, how it is made, and of which weights."""
+    copies: Copies
+    dtypes: tuple[torch.dtype, ...]
+    """Of weights and further inputs."""
     streams: type[ctypes.Array[ctypes.c_void_p]]
-    vectors: type[ctypes.Array[ctypes.c_void_p]]
-    """Arrays of pointers to the inputs, and to the vectors of all stages."""
+    """Of pointers to the inputs."""
 
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()
     ) -> Tensor:
-        for w in (*weights, *others):
-            if w.dtype != self.dtype or w.device.type != "cpu":
-                return ops.tile_reference(x, weights, str(self.form), others)
+        for w, dtype in zip((*weights, *others), self.dtypes, strict=True):
+            if w.dtype != dtype or w.device.type != "cpu":
+                return reference.tile_reference(x, weights, str(self.form), others)
         y = x.new_empty((x.shape[0], self.program.out_features))
         self.into(x, weights, y, others)
         return y
@@ -78,13 +70,9 @@ class TileKernel:
         self, x: Tensor, weights: Sequence[Tensor], y: Tensor, others: Sequence[Tensor] = ()
     ) -> None:
         """Write the product to ``y``, contiguous; all of it is written."""
-        pointers = self.vectors()
-        alive = []  # a copy that was made for this call alone
-        for at, copy, sources in self.places:
-            pointers[at], packed = copy.address([weights[i] for i in sources])
-            alive.append(packed)
+        known = self.copies.of(weights)
         streams = self.streams(x.data_ptr(), *map(Tensor.data_ptr, others))
-        failed = self.function(streams, pointers, y.data_ptr(), x.shape[0], self.sizes)
+        failed = self.function(streams, known.pointers, y.data_ptr(), x.shape[0], self.sizes)
         if failed:
             raise RuntimeError(f"emitted kernel {self.label} for {self.form} failed ({failed})")
 
@@ -107,11 +95,10 @@ def make(
     full = complete(config)
     if isinstance(full, Refusal):
         return full
-    layout = str(full["layout"])
-    program = analyse(form, layout, dtype)
+    program = analyse(form, dtype)
     if isinstance(program, Refusal):
         return program
-    library = _checked(spec_of(program, layout, dtype))
+    library = _checked(spec_of(program, dtype))
     if isinstance(library, Refusal):
         return library
     return _bind(form, program, full, library, dtype, transposed)
@@ -121,13 +108,13 @@ def complete(config: Mapping[str, int | str]) -> dict[str, int | str] | Refusal:
     """The config with defaults filled in, or why it makes no sense (it may come from a file)."""
     unknown = set(config) - set(DEFAULT)
     full = {**DEFAULT, **config}
-    if unknown or full["layout"] not in ("token", "feature"):
+    if unknown:
         return Refusal("", "tile", "CONFIG", f"not a kernel configuration: {dict(config)}")
     for name, (low, high) in CONFIG_RANGES.items():
         value = full[name]
         if type(value) is not int or not low <= value <= high:
             return Refusal("", "tile", "CONFIG", f"{name} = {value!r} is not in {low}..{high}")
-    if full["panel1"] % PACK or full["panel2"] % PACK:
+    if int(full["panel"]) % PACK:
         return Refusal("", "tile", "CONFIG", f"panels must be multiples of {PACK}")
     return full
 
@@ -140,53 +127,36 @@ def _bind(
     dtype: torch.dtype,
     transposed: bool = False,
 ) -> TileKernel:
-    stages, layout = program.stages, str(config["layout"])
-    widths = [int(config["panel1"])] * (len(stages) - 1) + [int(config["panel2"])]
-    numbers = [int(config["tile"]), int(config["split"])]
-    for at, stage in enumerate(stages):
+    panel = int(config["panel"])
+    numbers = [int(config["tile"]), int(config["split"]), len(program.inputs), *program.inputs]
+    places: list[Place] = []
+    for at, stage in enumerate(program.stages):
         b = stage.block
-        behind = at + 1 < len(stages) and stages[at + 1].shuffled
-        numbers += [b.a, b.b, b.c, b.d, widths[at], parts_of(program, at), int(behind)]
-        numbers += [-1 if stage.add is None else stage.add, _float_bits(stage.norm)]
-    label = f"tile[{layout},{config['tile']}]"
+        numbers += [b.a, b.b, b.c, b.d, stage.run if stage.kind == "shuffle" else panel]
+        slots = (stage.reads, stage.keeps, stage.mul, stage.add)
+        numbers += [stage.blocks, *(-1 if s is None else s for s in slots)]
+        numbers += [stage.out, _float_bits(stage)]
+        for place, copy, sources in prepared(stage, dtype, panel, transposed=transposed):
+            places.append((VECTORS * at + place, copy, sources))
+    label = f"tile[{config['tile']}]"
     sizes = (ctypes.c_int64 * len(numbers))(*numbers)
-    places = _places(form, program, layout, dtype, widths, transposed)
-    streams = ctypes.c_void_p * len(form.input_features)
-    vectors = ctypes.c_void_p * (VECTORS * len(stages))
-    return TileKernel(label, form, dtype, program, function, sizes, places, streams, vectors)
+    dtypes = [d for step in form.steps for d in _dtypes(step, dtype)]
+    dtypes += [dtype] * (len(program.inputs) - 1)
+    streams = ctypes.c_void_p * len(program.inputs)
+    copies = Copies(places, VECTORS * len(program.stages))
+    return TileKernel(label, form, dtype, program, function, sizes, copies, tuple(dtypes), streams)
 
 
-def _places(
-    form: Tile,
-    program: Program,
-    layout: str,
-    dtype: torch.dtype,
-    widths: Sequence[int],
-    transposed: bool,
-) -> tuple[tuple[int, Prepared, tuple[int, ...]], ...]:
-    blocks = [step for step in form.steps if isinstance(step, Block)]
-    copies = prepared(program, blocks, layout, dtype, widths, transposed=transposed)
-    of_block: list[int] = []
-    places: list[tuple[int, Prepared, tuple[int, ...]]] = []
-    weight = stage = 0  # of the step that comes next; the stage that its vectors belong to
-    ends = [s.sources[-1] for s in program.stages]
-    for step in form.steps:
-        if isinstance(step, Block):
-            of_block.append(weight)
-            stage = next(at for at, end in enumerate(ends) if len(of_block) - 1 <= end)
-        slots = {Bias: (1,), Norm: (2, 3)}.get(type(step), ())
-        for slot, at in zip(slots, range(step.weights), strict=False):
-            copy = vector_copy(step.out_features)
-            places.append((VECTORS * stage + slot, copy, (weight + at,)))
-        weight += step.weights
-    for at, (copy, sources) in enumerate(copies):
-        places.append((VECTORS * at, copy, tuple(of_block[i] for i in sources)))
-    return tuple(places)
+def _dtypes(step: Step, dtype: torch.dtype) -> list[torch.dtype]:
+    """Of a step's weights: places are whole numbers."""
+    floating = {Select: 0, Sparse: 1}.get(type(step), step.weights)
+    return [dtype] * floating + [torch.int64] * (step.weights - floating)
 
 
-def _float_bits(norm: Norm | None) -> int:
+def _float_bits(stage: Stage) -> int:
     """The bits of eps, for sizes are whole numbers."""
-    bits: int = struct.unpack("<i", struct.pack("<f", 0.0 if norm is None else float(norm.eps)))[0]
+    eps = 0.0 if stage.norm is None else float(stage.norm[0].eps)
+    bits: int = struct.unpack("<i", struct.pack("<f", eps))[0]
     return bits
 
 
@@ -209,10 +179,10 @@ def _checked(spec: Spec) -> Callable[..., int] | Refusal:
 
 
 def _self_test(spec: Spec, function: Callable[..., int]) -> Refusal | None:
-    config = {**DEFAULT, "layout": spec.layout, "tile": 32}
+    config = {**DEFAULT, "tile": 32}
     for form in dict.fromkeys([sample_form(spec), sample_form(spec, shuffles=True)]):
-        program = analyse(form, spec.layout, spec.dtype)
-        assert isinstance(program, Program) and spec_of(program, spec.layout, spec.dtype) == spec
+        program = analyse(form, spec.dtype)
+        assert isinstance(program, Program) and spec_of(program, spec.dtype) == spec, form
         kernel = _bind(form, program, config, function, spec.dtype)
         (x, *others), weights = sample(form, rows=37, dtype=spec.dtype)
         y = x.new_full((37, form.out_features), float("nan"))
@@ -220,64 +190,13 @@ def _self_test(spec: Spec, function: Callable[..., int]) -> Refusal | None:
             kernel.into(x, weights, y, others)
         except RuntimeError as e:
             return Refusal("", "tile", "SELF_TEST", f"{spec.name}: {e}")
-        wide, more = [w.double() for w in weights], [o.double() for o in others]
-        error = relative_error(y, ops.tile_reference(x.double(), wide, str(form), more))
+        wide, more = [_double(w) for w in weights], [o.double() for o in others]
+        error = relative_error(y, reference.tile_reference(x.double(), wide, str(form), more))
         if not error <= TOLERANCE[spec.dtype]:
             reason = f"{spec.name}: error {error:.1e} against the reference"
             return Refusal("", "tile", "SELF_TEST", reason)
     return None
 
 
-WIDTH = 420
-"""Features between the factors of samples: 3 x 140, 2 x 210, 70 x 6 and 84 x 5 of them."""
-
-
-def sample_form(spec: Spec, *, shuffles: bool = False) -> Tile:
-    """Odd sizes that no two factors of can be merged: every edge of the kernel is exercised.
-
-    Args:
-        spec: of the library.
-        shuffles: whether shuffles stand where they can.
-    """
-    steps: list[Step] = []
-    for at, word in enumerate(spec.stages):
-        kind, *tail = word.split("+")
-        first, last = at == 0, at == len(spec.stages) - 1
-        before = steps[-1] if steps else None
-        if kind == "strided":
-            d = 70 if at % 2 == 0 else 84
-            block = Block(1, 3 if last else WIDTH // d, 3 if first else WIDTH // d, d)
-        else:
-            a = 3 if at % 2 == 0 else 2
-            thin = 14 if spec.dtype == torch.bfloat16 else 13
-            block = Block(a, 19 if last else WIDTH // a, thin if first else WIDTH // a, 1)
-            if shuffles and isinstance(before, Block) and before.d == 1:
-                steps.append(Permute(before.a, before.b))
-        steps.append(block)
-        n = block.out_features
-        rows = spec.rows[at].split("+") if spec.rows else []
-        steps += [Bias(n)] if "bias" in tail else []
-        steps += [Act(t, n) for t in tail if t != "bias"]
-        steps += [Add(n, 1 + at)] if "add" in rows else []
-        steps += [Norm(n, kind, "1e-5") for kind in NORMS if kind in rows]
-    return Tile(tuple(steps))
-
-
-def sample(
-    form: Tile, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Seeded inputs and weights of a program, scaled so that activations see both of their ends."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> Tensor:  # whatever the caller's default dtype and device are
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-
-    inputs = [noise(rows, n) for n in form.input_features]
-    weights: list[Tensor] = []
-    for step in form.steps:
-        if isinstance(step, Block):
-            w = noise(step.a, step.b, step.c, step.d)
-            weights.append(w * (1.5 / step.c**0.5))
-        else:
-            weights += [noise(step.out_features) for _ in range(step.weights)]
-    return inputs, weights
+def _double(w: Tensor) -> Tensor:
+    return w.double() if w.is_floating_point() else w

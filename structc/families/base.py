@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self
@@ -10,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from structc import ops  # noqa: F401  (a layer's forward calls the operators: they must exist)
+from structc import ops
 from structc.forms import Act, Bias, Form, Tile
 from structc.numerics import weighted_error
 from structc.records import Hyper, Refusal
@@ -125,8 +126,19 @@ class AbstractStructured(AbstractFamily):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.factors() if self.bias is None else [*self.factors(), self.bias]
-        y: Tensor = torch.ops.structc.tile([x], weights, str(self.form()))[0]
-        return y
+        hyper = tuple(self.hyper().items())
+        program = _program(
+            type(self), self.in_features, self.out_features, hyper, self.bias is not None
+        )
+        return ops.tile([x], weights, program)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _program(
+    family: type[AbstractFamily], n: int, m: int, hyper: tuple[tuple[str, int], ...], bias: bool
+) -> str:
+    """The text of a family's form: the same at every call of a layer."""
+    return str(family.form_of(n, m, dict(hyper), bias=bias, activation=""))
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
+from structc import ops
 from structc.families.base import AbstractFamily, refuse_weight
 from structc.forms import PackedDense
 from structc.records import Hyper, Refusal
@@ -66,5 +67,4 @@ class Dense(AbstractFamily):
         return self.weight.t() if self.transposed else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.structc.dense(x, self.weight, self.bias, "", self.transposed)
-        return y
+        return ops.dense(x, self.weight, self.bias, "", self.transposed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from structc import ops
+from structc import ops, reference
 from structc.codegen import bench, dense, lower
 from structc.forms import ACTIVATIONS, PackedDense, Tile
 from structc.numerics import relative_error
@@ -41,7 +41,7 @@ def test_dense_kernel(kernel: str, act: str, transposed: bool) -> None:
             for weights in ([w, b], [w]):
                 wide = [t.double() for t in weights]
                 bias = wide[1] if len(wide) > 1 else None
-                expected = ops.dense_reference(x.double(), wide[0], bias, act, transposed)
+                expected = reference.dense_reference(x.double(), wide[0], bias, act, transposed)
                 assert relative_error(made(x, weights), expected) < 1e-5, (n, m, rows)
 
 
@@ -61,7 +61,7 @@ def test_the_default_dtype_is_the_callers_own(kernel: str) -> None:
         for weights in ([w, b], [w]):
             y, wide = made(x, weights), [t.double() for t in weights]
             bias = wide[1] if len(wide) > 1 else None
-            expected = ops.dense_reference(x.double(), wide[0], bias, "gelu")
+            expected = reference.dense_reference(x.double(), wide[0], bias, "gelu")
             assert y.dtype == torch.float32 and relative_error(y, expected) < 1e-5
         found, call_ms = bench.Bench().check(
             bench.Job(str(form), 17, "float32", True, False, kernel, CONFIG[kernel])
@@ -75,7 +75,7 @@ def test_the_default_dtype_is_the_callers_own(kernel: str) -> None:
 def test_other_dtypes(dtype: torch.dtype) -> None:
     form = PackedDense(64, 96, "gelu")
     x, w, b = problem(64, 96, 33, dtype, False)
-    expected = ops.dense_reference(x.double(), w.double(), b.double(), "gelu")
+    expected = reference.dense_reference(x.double(), w.double(), b.double(), "gelu")
     for kernel in ("aten", "onednn", "tile"):
         made = dense.make(form, dtype, 33, kernel, {})
         if isinstance(made, Refusal):
@@ -91,16 +91,16 @@ def test_onednn_refuses_float64() -> None:
 
 def test_bind_attaches_by_rows() -> None:
     form = PackedDense(64, 96, "relu")
-    config = {"layout": "token", "tile": 64}
+    config = {"tile": 64}
     assert lower.bind(form, torch.float32, 16, "aten", {}, transposed=True) is None
-    assert lower.bind(form, torch.float32, 512, "tile[token,64]", config, transposed=True) is None
+    assert lower.bind(form, torch.float32, 512, "tile[64]", config, transposed=True) is None
     key = ops.dense_key(64, 96, "relu", torch.float32, True)
-    assert ops.attached()[key] == [(16, "aten"), (512, "tile[token,64]")]
+    assert ops.attached()[key] == [(16, "aten"), (512, "tile[64]")]
     for rows in (3, 100, 5000):
         x, w, b = problem(64, 96, rows, torch.float32, True)
         for bias in (b, None):
             y = torch.ops.structc.dense(x, w, bias, "relu", True)
-            assert relative_error(y, ops.dense_reference(x, w, bias, "relu", True)) < 1e-5
+            assert relative_error(y, reference.dense_reference(x, w, bias, "relu", True)) < 1e-5
 
 
 def test_bind_refuses_and_attaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

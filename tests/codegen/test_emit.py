@@ -11,13 +11,14 @@ from structc.codegen.cpu.emit import Spec, emit, outline
 
 F32, BF16 = torch.float32, torch.bfloat16
 SPECS = [
-    Spec("token", F32, ("panel+bias+gelu",)),
-    Spec("token", F32, ("panel", "panel")),
-    Spec("token", F32, ("panel+silu", "strided", "panel+bias+silu")),
-    Spec("token", BF16, ("panel", "panel+bias")),
-    Spec("token", F32, ("panel+bias+gelu", "panel+bias"), ("", "add+layer")),
-    Spec("feature", F32, ("rows+relu",)),
-    Spec("feature", F32, ("rows", "rows+bias+gelu_tanh")),
+    Spec(F32, ("panel+bias+gelu",)),
+    Spec(F32, ("panel", "panel")),
+    Spec(F32, ("panel+silu", "strided", "panel+bias+silu")),
+    Spec(F32, ("panel", "woven+relu")),
+    Spec(BF16, ("panel", "shuffle", "panel+bias")),
+    Spec(F32, ("panel+bias+gelu", "panel+bias"), ("", "add+layer")),
+    Spec(F32, ("move", "panel+silu", "panel", "panel"), ("rms", "", "mul", "add")),
+    Spec(BF16, ("listed", "sparse+bias+gelu_tanh")),
 ]
 
 

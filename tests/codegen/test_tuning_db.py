@@ -34,7 +34,7 @@ KEY = Key(
 )
 ROW = Row(
     "tile",
-    {"layout": "token", "tile": 64},
+    {"tile": 64},
     latency_ms=1.25,
     baseline_ms=2.5,
     baseline="aten",
@@ -82,7 +82,7 @@ def test_every_component_of_the_key_counts(db: TuningDb) -> None:
 def test_more_effort_takes_over(db: TuningDb) -> None:
     db.put(KEY, [ROW])
     assert db.chosen(KEY, "full") is None
-    better = replace(ROW, config={"layout": "token", "tile": 32}, effort="full")
+    better = replace(ROW, config={"tile": 32}, effort="full")
     db.put(KEY, [better])
     assert db.chosen(KEY, "quick") == db.chosen(KEY, "full") == better
     assert replace(ROW, effort="") in db.rows(KEY)
@@ -90,7 +90,7 @@ def test_more_effort_takes_over(db: TuningDb) -> None:
 
 def test_an_import_keeps_what_is_newer(db: TuningDb, tmp_path: Path) -> None:
     other = TuningDb(tmp_path / "other.sqlite")
-    config = {"layout": "feature", "tile": 16}
+    config = {"tile": 16}
     theirs = replace(ROW, config=config, time=2e9)
     other.put(KEY, [theirs, replace(ROW, effort="", latency_ms=1.0, time=5e8)])
     other.export_json(tmp_path / "rows.json")

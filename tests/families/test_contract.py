@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from structc import ops
+from structc import reference
 from structc.families import BY_NAME, FAMILIES, AbstractFamily, AbstractStructured, Dense
 from structc.forms import ACTIVATIONS, Act, Bias, Block, PackedDense, Permute, Tile
 from structc.numerics import relative_error, weighted_error
@@ -235,9 +235,9 @@ def test_cost_is_what_the_reference_does(family, n, m, hyper) -> None:
     x, factors, form = torch.randn(rows, n), module.factors(), module.form()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if isinstance(form, PackedDense):
-            ops.dense_reference(x, factors[0], None)
+            reference.dense_reference(x, factors[0], None)
         else:
-            ops.tile_reference(x, factors, str(form))
+            reference.tile_reference(x, factors, str(form))
     assert rows * form.flops == counter.get_total_flops()
     assert form.params == sum(p.numel() for p in module.parameters())
 

@@ -1,6 +1,6 @@
 // base.h
 // f32.h
-// token.h
+// tile.h
 // gelu.h
 
 struct BiasGelu {
@@ -16,10 +16,15 @@ struct Bias {
 extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
                                int64_t rows, const int64_t* sizes) {
   try {
-    static constexpr Step steps[] = {panel<BiasGelu>, panel<Bias>};
-    static constexpr Rows tails[] = {nullptr, whole_rows<true, Layer>};
-    return run(steps, tails, Chain<2>(sizes, weights), inputs,
-               static_cast<T*>(y), rows);
+    static constexpr Step steps[] = {
+        {panel<BiasGelu>, panels},
+        {panel<Bias>, panels},
+    };
+    static constexpr Whole wholes[] = {
+        nullptr,
+        whole<false, true, Layer>,
+    };
+    return run(steps, wholes, Chain<2>(sizes, weights), inputs, static_cast<T*>(y), rows);
   } catch (...) {
     return 2;  // out of memory; an exception may not cross into C
   }

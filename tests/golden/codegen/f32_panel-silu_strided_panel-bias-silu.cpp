@@ -1,6 +1,6 @@
 // base.h
 // f32.h
-// token.h
+// tile.h
 // silu.h
 
 struct Silu {
@@ -21,10 +21,17 @@ struct BiasSilu {
 extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
                                int64_t rows, const int64_t* sizes) {
   try {
-    static constexpr Step steps[] = {panel<Silu>, strided<Plain>, panel<BiasSilu>};
-    static constexpr Rows tails[] = {nullptr, nullptr, nullptr};
-    return run(steps, tails, Chain<3>(sizes, weights), inputs,
-               static_cast<T*>(y), rows);
+    static constexpr Step steps[] = {
+        {panel<Silu>, panels},
+        {strided<Plain, false>, strips},
+        {panel<BiasSilu>, panels},
+    };
+    static constexpr Whole wholes[] = {
+        nullptr,
+        nullptr,
+        nullptr,
+    };
+    return run(steps, wholes, Chain<3>(sizes, weights), inputs, static_cast<T*>(y), rows);
   } catch (...) {
     return 2;  // out of memory; an exception may not cross into C
   }

@@ -1,6 +1,6 @@
 // base.h
 // f32.h
-// token.h
+// tile.h
 // gelu.h
 
 struct BiasGelu {
@@ -11,10 +11,13 @@ struct BiasGelu {
 extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
                                int64_t rows, const int64_t* sizes) {
   try {
-    static constexpr Step steps[] = {panel<BiasGelu>};
-    static constexpr Rows tails[] = {nullptr};
-    return run(steps, tails, Chain<1>(sizes, weights), inputs,
-               static_cast<T*>(y), rows);
+    static constexpr Step steps[] = {
+        {panel<BiasGelu>, panels},
+    };
+    static constexpr Whole wholes[] = {
+        nullptr,
+    };
+    return run(steps, wholes, Chain<1>(sizes, weights), inputs, static_cast<T*>(y), rows);
   } catch (...) {
     return 2;  // out of memory; an exception may not cross into C
   }

@@ -1,6 +1,6 @@
 // base.h
 // f32.h
-// token.h
+// tile.h
 
 struct Plain {
   static constexpr bool any = false, bias = false;
@@ -10,10 +10,15 @@ struct Plain {
 extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
                                int64_t rows, const int64_t* sizes) {
   try {
-    static constexpr Step steps[] = {panel<Plain>, panel<Plain>};
-    static constexpr Rows tails[] = {nullptr, nullptr};
-    return run(steps, tails, Chain<2>(sizes, weights), inputs,
-               static_cast<T*>(y), rows);
+    static constexpr Step steps[] = {
+        {panel<Plain>, panels},
+        {panel<Plain>, panels},
+    };
+    static constexpr Whole wholes[] = {
+        nullptr,
+        nullptr,
+    };
+    return run(steps, wholes, Chain<2>(sizes, weights), inputs, static_cast<T*>(y), rows);
   } catch (...) {
     return 2;  // out of memory; an exception may not cross into C
   }

@@ -1,24 +1,30 @@
 // base.h
 // bf16.h
-// token.h
+// tile.h
+// gelu_tanh.h
 
 struct Plain {
   static constexpr bool any = false, bias = false;
   static inline float apply(float v) { return v; }
 };
 
-struct Bias {
+struct BiasGeluTanh {
   static constexpr bool any = true, bias = true;
-  static inline float apply(float v) { return v; }
+  static inline float apply(float v) { return gelu_tanh(v); }
 };
 
 extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
                                int64_t rows, const int64_t* sizes) {
   try {
-    static constexpr Step steps[] = {panel<Plain>, panel<Bias>};
-    static constexpr Rows tails[] = {nullptr, nullptr};
-    return run(steps, tails, Chain<2>(sizes, weights), inputs,
-               static_cast<T*>(y), rows);
+    static constexpr Step steps[] = {
+        {move<Plain, true>, eighths},
+        {sparse<BiasGeluTanh>, rows_of_blocks},
+    };
+    static constexpr Whole wholes[] = {
+        nullptr,
+        nullptr,
+    };
+    return run(steps, wholes, Chain<2>(sizes, weights), inputs, static_cast<T*>(y), rows);
   } catch (...) {
     return 2;  // out of memory; an exception may not cross into C
   }

@@ -1,0 +1,240 @@
+"""Steps of tile programs: what can be done to the features of one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+"""Elementwise functions that an epilogue may carry; ``gelu`` is the exact one (erf)."""
+
+
+class _Written:
+    """A step as its program's text has it: ``word(field,field)``."""
+
+    word: ClassVar[str]
+
+    def __str__(self) -> str:
+        this: Any = self
+        return f"{self.word}({','.join(str(getattr(self, f.name)) for f in fields(this))})"
+
+
+@dataclass(frozen=True)
+class Block(_Written):
+    """A Kronecker-sparse factor ``I_a (x) 1_{b x c} (x) I_d``: the general block pattern.
+
+    Math:    y[al, be, de] = sum_ga w[al, be, ga, de] * x[al, ga, de].
+    Shapes:  x (..., a*c*d);  w (a, b, c, d);  y (..., a*b*d).
+    Cost:    flops = 2*a*b*c*d a row; params = a*b*c*d.
+    Source:  Gonon et al. 2024, arXiv:2405.15013. A dense factor is ``a = d = 1``.
+    """
+
+    a: int
+    b: int
+    c: int
+    d: int
+    word: ClassVar[str] = "block"
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.a * self.c * self.d
+
+    @property
+    def out_features(self) -> int:
+        return self.a * self.b * self.d
+
+
+@dataclass(frozen=True)
+class Permute(_Written):
+    """The perfect shuffle that transposes ``(p, q)``: y[j, i] = x[i, j].  x (..., p*q)."""
+
+    p: int
+    q: int
+    word: ClassVar[str] = "permute"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.p * self.q
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Bias(_Written):
+    """y = x + w, with w (n,)."""
+
+    n: int
+    word: ClassVar[str] = "bias"
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Act(_Written):
+    """y = fn(x), elementwise over n features; fn is one of :data:`ACTIVATIONS`."""
+
+    fn: str
+    n: int
+    word: ClassVar[str] = "act"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Add(_Written):
+    """y = x + z, with z (..., n) input ``index`` of the program; 0 is what it starts from.
+
+    A residual connection.
+    """
+
+    n: int
+    index: int
+    word: ClassVar[str] = "add"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Norm(_Written):
+    """Normalisation over the n features of a token.
+
+    Math:    layer: y = (x - mean x) / sqrt(var x + eps) * w1 + w2;  rms: y = x / sqrt(mean x^2 +
+             eps) * w1.
+    Shapes:  x (..., n);  w1, w2 (n,).
+    Source:  Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    ``eps`` is text, so that a program is equal to the one that it was read from.
+    """
+
+    n: int
+    kind: str
+    eps: str
+    word: ClassVar[str] = "norm"
+
+    @property
+    def weights(self) -> int:
+        """Weight and bias, or a weight alone."""
+        return 2 if self.kind == "layer" else 1
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Mul(_Written):
+    """y = x * z elementwise, with z (..., n) what slot ``index`` holds: the gate of an MLP."""
+
+    n: int
+    index: int
+    word: ClassVar[str] = "mul"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Keep(_Written):
+    """Slot ``index`` holds x from here on; x goes on unchanged."""
+
+    n: int
+    index: int
+    word: ClassVar[str] = "keep"
+    weights: ClassVar[int] = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
+@dataclass(frozen=True)
+class Load(_Written):
+    """y = z, with z (..., n) what slot ``index`` holds: x is dropped, a second branch begins."""
+
+    n: int
+    index: int
+    word: ClassVar[str] = "load"
+    weights: ClassVar[int] = 0
+
+    @property
+    def out_features(self) -> int:
+        return self.n
+
+
+@dataclass(frozen=True)
+class Select(_Written):
+    """y[i] = x[w[i]], with w (m,) of int64: any permutation or choice of the n features."""
+
+    m: int
+    n: int
+    word: ClassVar[str] = "select"
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    @property
+    def out_features(self) -> int:
+        return self.m
+
+
+@dataclass(frozen=True)
+class Sparse(_Written):
+    """A block-sparse matrix (m, n): ``nnz`` blocks of (b, c), sorted by row of blocks.
+
+    Math:    y[row of e] += w1[e] x[w3[e] * c : (w3[e] + 1) * c] for e in w2[row] .. w2[row + 1].
+    Shapes:  x (..., n); w1 (nnz, b, c), w2 (m / b + 1,) and w3 (nnz,) of int64; y (..., m).
+    Cost:    flops = 2*nnz*b*c a row; params = nnz*b*c.
+    Source:  the BSR format of scipy.sparse (data, indptr, indices).
+    """
+
+    m: int
+    n: int
+    b: int
+    c: int
+    nnz: int
+    word: ClassVar[str] = "sparse"
+    weights: ClassVar[int] = 3
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    @property
+    def out_features(self) -> int:
+        return self.m
+
+
+NORMS = ("layer", "rms")
+SLOTS = 16
+"""Inputs and kept values that a program may have together."""
+Step = Block | Permute | Bias | Act | Add | Norm | Mul | Keep | Load | Select | Sparse
+STEPS: dict[str, type[Step]] = {
+    s.word: s for s in (Block, Permute, Bias, Act, Add, Norm, Mul, Keep, Load, Select, Sparse)
+}

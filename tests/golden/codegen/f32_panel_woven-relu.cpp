@@ -1,0 +1,31 @@
+// base.h
+// f32.h
+// tile.h
+// relu.h
+
+struct Plain {
+  static constexpr bool any = false, bias = false;
+  static inline float apply(float v) { return v; }
+};
+
+struct Relu {
+  static constexpr bool any = true, bias = false;
+  static inline float apply(float v) { return relu(v); }
+};
+
+extern "C" int32_t structc_run(const void* const* inputs, const void* const* weights, void* y,
+                               int64_t rows, const int64_t* sizes) {
+  try {
+    static constexpr Step steps[] = {
+        {panel<Plain>, panels},
+        {strided<Relu, true>, strips},
+    };
+    static constexpr Whole wholes[] = {
+        nullptr,
+        nullptr,
+    };
+    return run(steps, wholes, Chain<2>(sizes, weights), inputs, static_cast<T*>(y), rows);
+  } catch (...) {
+    return 2;  // out of memory; an exception may not cross into C
+  }
+}
