@@ -88,7 +88,7 @@ def tuning_key(request: Request) -> Key:
     target = hardware.target()
     compiler = build.compiler_version(settings.current().compiler)
     plus = "+bias" if request.bias and isinstance(request.form, PackedDense) else ""
-    plus = "+parts" if request.parts else plus
+    plus = "+parts" if request.parts else f" for {request.of}" if request.of else plus
     return Key(
         form=f"{request.form}{plus}",
         rows=request.rows,
@@ -153,7 +153,8 @@ class _Session:
         if isinstance(request.form, PackedDense) or not request.form.is_chain:
             return request.dense()
         kernels = []
-        for form in request.form.pieces():
+        chain = Tile.parse(request.of) if request.of else request.form
+        for form in chain.pieces():
             if not isinstance(form, Tile):
                 continue
             bias = any(isinstance(s, Bias) for s in form.steps)
@@ -161,10 +162,10 @@ class _Session:
             first, whole = form.steps[0], cast(Form, form)
             if form.weights == 1 + bias and isinstance(first, Block) and first.a == first.d == 1:
                 whole = PackedDense(form.in_features, form.out_features, act)
-            found = self.price(replace(request, form=whole, bias=bias, activation=act))
+            found = self.price(replace(request, form=whole, bias=bias, activation=act, of=""))
             price = predict(request) if isinstance(found, Refusal) else found
             kernels.append([str(whole), price.kernel, dict(price.config)])
-        return replace(request, parts=json.dumps(kernels))
+        return replace(request, form=chain, parts=json.dumps(kernels), of="")
 
     def _find(
         self,

@@ -51,6 +51,7 @@ class Request:
         transposed: dense only: the weight is stored (in_features, out_features).
         parts: for the yardstick of a chain: text and kernel of each of its products, which then run
             one after the other, with PyTorch's own operators in between.
+        of: a chain's dense original, to be held against that chain's parts instead of its own.
     """
 
     form: Form
@@ -60,6 +61,7 @@ class Request:
     activation: str
     transposed: bool = False
     parts: str = ""
+    of: str = ""
 
     @property
     def in_features(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from structc.codegen.peaks import Peaks, known
-from structc.forms import Block, Form, PackedDense
+from structc.forms import Block, Form, PackedDense, Sparse
 
 CALL_MS = 0.004
 """What one operator call costs before any arithmetic."""
@@ -35,11 +35,15 @@ def _work(form: Form, rows: int) -> list[tuple[int, float]]:
     """(multiply-adds a row, share of the peak) of each factor."""
     if isinstance(form, PackedDense):
         return [(form.params, DENSE_EFFICIENCY * _fill(rows))]
-    blocks = [s for s in form.steps if isinstance(s, Block)]
-    return [(b.a * b.b * b.c * b.d, _share(b) * _fill(rows)) for b in blocks]
+    return [
+        (s.nnz * s.b * s.c if isinstance(s, Sparse) else s.a * s.b * s.c * s.d, _share(s) * fill)
+        for fill in (_fill(rows),)
+        for s in form.steps
+        if isinstance(s, (Block, Sparse))
+    ]
 
 
-def _share(block: Block) -> float:
+def _share(block: Block | Sparse) -> float:
     """Blocks of 64 and wider run like dense ones; thin ones lose to loads and calls."""
     thin = min(block.b, block.c)
     return DENSE_EFFICIENCY * thin / (thin + 6)

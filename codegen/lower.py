@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from structc import ops, reference
-from structc.codegen import dense, parts
+from structc.codegen import backward, dense, parts
 from structc.codegen.cpu import tile
 from structc.forms import Form, PackedDense, Tile
 from structc.records import Refusal
@@ -45,6 +45,8 @@ def bind(
         key = ops.dense_key(n, m, act, dtype, transposed)
     else:
         key = ops.tile_key(str(form), dtype)
+        if kernel.startswith("tile"):
+            backward.attach(form, dtype)
     ops.attach(key, rows, kernel, made)
     return None
 

@@ -38,7 +38,11 @@ _LIB.define(
     "dense(Tensor x, Tensor weight, Tensor? bias, str act='', bool transposed=False) -> Tensor"
 )
 
+Backward = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, list[Tensor]] | None]
+"""``(x, weights, gradient of the output)``, rows flat, to gradients of x and of the weights."""
+
 _KERNELS: dict[Hashable, tuple[tuple[int, str, Kernel], ...]] = {}
+_BACKWARDS: dict[Hashable, Backward] = {}
 _calls = 0
 
 
@@ -69,6 +73,11 @@ def attach(key: Hashable, max_rows: int, label: str, kernel: Kernel) -> None:
     _KERNELS[key] = tuple(entries[rows] for rows in sorted(entries))
 
 
+def attach_backward(key: Hashable, backward: Backward) -> None:
+    """Let gradients of a tile program go this way; what it answers None for, the reference does."""
+    _BACKWARDS[key] = backward
+
+
 def attached() -> dict[Hashable, list[tuple[int, str]]]:
     """The table as (largest rows, label) for each key."""
     return {key: [(rows, label) for rows, label, _ in e] for key, e in _KERNELS.items()}
@@ -77,6 +86,7 @@ def attached() -> dict[Hashable, list[tuple[int, str]]]:
 def detach_all() -> None:
     """Empty the table and forget packed weights; references run from here on."""
     _KERNELS.clear()
+    _BACKWARDS.clear()
     _derived.clear()
 
 
@@ -284,13 +294,20 @@ def _tile_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    (x, *others), weights = ctx.saved_tensors[: ctx.streams], ctx.saved_tensors[ctx.streams :]
+    fast = _BACKWARDS.get(("tile", x.device.type, ctx.program, x.dtype))
+    if fast is not None and not others and x.numel() and not torch.is_grad_enabled():
+        flat = grads[0].reshape(-1, grads[0].shape[-1]).contiguous()
+        found = fast(x.reshape(-1, x.shape[-1]).contiguous(), weights, flat)
+        if found is not None:
+            return [found[0].view_as(x)], found[1], None
     leaves = _leaves(ctx.saved_tensors)
     (x, *others), weights = leaves[: ctx.streams], leaves[ctx.streams :]
     with torch.enable_grad():
         y = tile_reference(x, weights, ctx.program, others)
     able = [t for t in leaves if t.requires_grad]
-    found = iter(torch.autograd.grad(y, able, grads[0], allow_unused=True))
-    all_ = [next(found) if t.requires_grad else None for t in leaves]
+    given = iter(torch.autograd.grad(y, able, grads[0], allow_unused=True))
+    all_ = [next(given) if t.requires_grad else None for t in leaves]
     return all_[: ctx.streams], all_[ctx.streams :], None
 
 

@@ -155,7 +155,8 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(peaks, "SIZES", (128,))
     monkeypatch.setattr(peaks, "STREAM_MB", 4)
-    monkeypatch.setattr(kernel_table, "_forms", lambda: iter([("tiny", FORM)]))
+    monkeypatch.setattr(kernel_table, "_forms", lambda: iter([("tiny", FORM, (8, 64))]))
+    monkeypatch.setattr(kernel_table, "_mlps", lambda: iter([]))
     before = torch.get_num_threads()
     found = run("bench", "kernels", "--rows", "8,64", "--dtype", "both", "--threads", "1", "--json")
     assert torch.get_num_threads() == before
