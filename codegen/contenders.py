@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 
 import torch
 
+from structc.codegen import spectral
 from structc.codegen.bench import Job
 from structc.codegen.cpu.pack import PACK, parts_of
 from structc.codegen.cpu.program import LAYOUTS, Program, analyse
 from structc.codegen.cpu.tile import DEFAULT
 from structc.codegen.dense import tile_form
-from structc.forms import Form, PackedDense, Tile
+from structc.forms import Form, PackedDense, Spectral, Tile
 from structc.records import Refusal
 
 Config = Mapping[str, int | str]
 FEW_ROWS = 512
 """Below this, sharing one tile's outputs between threads can beat giving each its own tile."""
+NARROW = 256
+"""Diagonals up to which a band may be faster by dense products than by an FFT."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Contender:
         >>> Contender("tile", {"layout": "token", "tile": 64}).label, Contender("aten").label
         ('tile[token,64]', 'aten')
         """
+        if self.kernel in spectral.KERNELS:
+            return f"{self.kernel}[{','.join(map(str, self.config.values()))}]"
         if self.kernel != "tile":
             return self.kernel
         return f"tile[{self.config['layout']},{self.config['tile']}]"
@@ -44,7 +49,7 @@ class Request:
     """One form to price at one number of rows.
 
     Attributes:
-        form: a tile program with its bias and activation steps, or a dense product.
+        form: a tile program with its bias and activation steps, a dense product or a convolution.
         rows: of one call.
         dtype: of inputs and weights.
         bias: whether a bias is added (part of the program for a tile form).
@@ -83,6 +88,8 @@ class Request:
             return [Contender("parts", {"kernels": self.parts})]
         if isinstance(self.form, PackedDense):
             return dense_contenders(self.form, self.rows, self.dtype, effort)
+        if isinstance(self.form, Spectral):
+            return spectral_contenders(self.form, self.rows, effort)
         return tile_contenders(self.form, self.rows, self.dtype, effort)
 
     def job(self, contender: Contender) -> Job:
@@ -138,6 +145,21 @@ def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> l
         for other in _splits(rows)[1:]:
             add(layout="token", tile=height, panel1=likely, panel2=likely, split=other)
     return list(found.values())
+
+
+def spectral_contenders(form: Spectral, rows: int, effort: str) -> list[Contender]:
+    """FFTs in chunks of several sizes, the likeliest first; blocks of the band if it is narrow."""
+    points = (0, 1, -1, -2, 2) if effort == "full" else (0, 1)
+    found: list[Contender] = []
+    for size in spectral.sizes(form):
+        chunks = [max(1, int(spectral.CHUNK * 2.0**p) // size) for p in points]
+        for chunk in dict.fromkeys(min(c, rows) for c in chunks):
+            found.append(Contender("fft", {"size": size, "chunk": chunk}))
+    least, most = form.diagonals
+    if most - least < NARROW:
+        blocks = (32, 64, 128, 256) if effort == "full" else (32, 128)
+        found += [Contender("band", {"block": block}) for block in blocks]
+    return found
 
 
 def _widths(dtype: torch.dtype, effort: str) -> tuple[int, ...]:

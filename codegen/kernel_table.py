@@ -13,7 +13,7 @@ from structc.codegen import autotune
 from structc.codegen.autotune import Request
 from structc.codegen.peaks import Peaks
 from structc.families import LowRank, Monarch
-from structc.forms import Form
+from structc.forms import Form, PackedDense, Spectral
 from structc.records import Price, Refusal
 
 SQUARES = (384, 768, 1024, 2048)
@@ -39,8 +39,9 @@ class Case:
 
     @property
     def ratio(self) -> float:
-        """Parameters of the dense matrix over those of the form: of flops, or bytes of one row."""
-        return self.form.in_features * self.form.out_features / max(1, self.form.params)
+        """Flops of the dense matrix over those of the form; of blocks, bytes of one row as well."""
+        dense = PackedDense(self.form.in_features, self.form.out_features)
+        return dense.flops / max(1, self.form.flops)
 
 
 def cases(dtype: torch.dtype, rows: Sequence[int] = ROWS) -> list[Case]:
@@ -62,6 +63,9 @@ def _forms() -> Iterator[tuple[str, Form]]:
         for k in (4, 16, 32):
             made = _form(Monarch, n, n, in_blocks=k, out_blocks=n // k, rank=1)
             yield f"Monarch {k}x{n // k} rank 1 {n}", made
+    for n in (1024, 2048, 4096):
+        yield f"circulant {n}", Spectral.circulant(n)
+        yield f"Toeplitz {n}", Spectral.toeplitz(n, n)
 
 
 def _form(family: type[LowRank] | type[Monarch], n: int, m: int, **hyper: int) -> Form:

@@ -25,6 +25,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("boundary", "files", "records", "numerics", "hardware", "forms"),
     ("names", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
+    ("spectral",),
     ("families", "metrics"),
     ("passes", "codegen", "compiled", "report"),
     ("artifact", "options"),
