@@ -157,7 +157,7 @@ def spectral_contenders(form: Spectral, rows: int, effort: str) -> list[Contende
             found.append(Contender("fft", {"size": size, "chunk": chunk}))
     least, most = form.diagonals
     if most - least < NARROW:
-        blocks = (32, 64, 128, 256) if effort == "full" else (32, 128)
+        blocks = (32, 64, 128) if effort == "full" else (32, 64)
         found += [Contender("band", {"block": block}) for block in blocks]
     return found
 

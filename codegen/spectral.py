@@ -4,9 +4,10 @@
           taps made once;
 ``band``  for few taps: every block of outputs is the same small dense product with its window.
 
-Blocks of outputs by overlap-save lose to one FFT of a whole row (which fits L1 by itself), as do
-two rows packed into one complex FFT and PyTorch's one-channel convolution. The last but one would
-also let a NaN of one row into another.
+Measured and left out, for each loses to one of the two: overlap-save (a row fits L1 as it is),
+sums of shifted rows, PyTorch's one-channel convolution, a Toeplitz matrix as circulant plus
+skew-circulant (no padding, but more passes over memory), buffers made beforehand (PyTorch copies
+into them). Two rows in one complex FFT are slower too, and let a NaN of one into the other.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _band(form: Spectral, dtype: torch.dtype, block: int | str) -> ops.Kernel | 
 
     def matrix_of(weights: Sequence[Tensor]) -> Tensor:
         """(window, block): column c holds the taps that output c of a block sees, backwards."""
-        taps = weights[0][least + form.shift : most + form.shift + 1].flip(0)
+        taps = weights[0][least + form.shift : most + form.shift + 1].to(dtype).flip(0)
         columns = F.pad(taps, (0, wide)).repeat(wide)[: wide * window]
         return columns.view(wide, window).t().contiguous()
 
@@ -124,7 +125,7 @@ def _band(form: Spectral, dtype: torch.dtype, block: int | str) -> ops.Kernel | 
         matrix = ops.derived(weights[:1], tag, matrix_of)
         windows = windows_of(x).unfold(1, window, wide)
         y = torch.mm(windows.reshape(-1, window), matrix).view(x.shape[0], blocks * wide)
-        return finish(y[:, :m], weights[1] if len(weights) > 1 else None).contiguous()
+        return finish(y[:, :m], weights[1] if len(weights) > 1 else None).to(dtype).contiguous()
 
     return run
 

@@ -67,8 +67,9 @@ def spectral_reference(x: Tensor, taps: Tensor, bias: Tensor | None, form: str) 
     Half and bfloat16 are computed in float32: there is no FFT of theirs on a CPU.
 
     >>> x = torch.tensor([1.0, 0.0, 0.0, 2.0])
-    >>> spectral_reference(x, torch.tensor([1.0, 10.0]), None, "spectral(4,4,2,0,0,none)").round()
-    tensor([ 1., 10.,  0.,  2.])
+    >>> y = spectral_reference(x, torch.tensor([1.0, 10.0]), None, "spectral(4,4,2,0,0,none)")
+    >>> y.round().int().tolist()
+    [1, 10, 0, 2]
     """
     wanted = Spectral.parse(form)
     half = x.dtype in (torch.float16, torch.bfloat16)

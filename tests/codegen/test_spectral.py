@@ -131,6 +131,15 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert isinstance(refused, Refusal) and refused.code == "DTYPE"
 
 
+def test_weights_may_have_another_dtype() -> None:
+    form = Spectral(64, 64, 5, 2)
+    x, taps, bias = problem(form, 9)
+    for name, run in kernels(form):
+        y = run(x, [taps.double(), bias.double()])
+        assert y.dtype == F32, name
+        assert relative_error(y, expected(form, x, taps, bias)) < 1e-5, name
+
+
 def test_a_row_keeps_its_nan() -> None:
     for form in (Spectral.circulant(64), Spectral.toeplitz(60, 60), Spectral(60, 60, 5, 2)):
         for name, run in kernels(form):
