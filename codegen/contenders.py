@@ -21,6 +21,8 @@ FEW_ROWS = 512
 """Below this, sharing one tile's outputs between threads can beat giving each its own tile."""
 NARROW = 256
 """Diagonals up to which a band may be faster by dense products than by an FFT."""
+SINGLE = 8
+"""Rows up to which planning an FFT takes as long as the FFT."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def spectral_contenders(form: Spectral, rows: int, effort: str) -> list[Contende
         chunks = [max(1, int(spectral.CHUNK * 2.0**p) // size) for p in points]
         for chunk in dict.fromkeys(min(c, rows) for c in chunks):
             found.append(Contender("fft", {"size": size, "chunk": chunk}))
+        if rows <= SINGLE:
+            found.append(Contender("pocket", {"size": size}))
     least, most = form.diagonals
     if most - least < NARROW:
         blocks = (32, 64, 128) if effort == "full" else (32, 64)

@@ -2,9 +2,11 @@
 
 ``fft``   one real FFT each way for a chunk of tokens that stays in the caches, the spectrum of the
           taps made once;
+``pocket``  the same for a few tokens by SciPy's FFT, which keeps its plans; PyTorch's plans anew at
+          each call, which at 4096 points takes longer than a row does;
 ``band``  for few taps: every block of outputs is the same small dense product with its window.
 
-Measured and left out, for each loses to one of the two: overlap-save (a row fits L1 as it is),
+Measured and left out, for none is clearly faster than these: overlap-save (a row fits L1 as it is),
 sums of shifted rows, PyTorch's one-channel convolution, a Toeplitz matrix as circulant plus
 skew-circulant (no padding, but more passes over memory), buffers made beforehand (PyTorch copies
 into them). Two rows in one complex FFT are slower too, and let a NaN of one into the other.
@@ -23,7 +25,7 @@ from structc.forms import Spectral
 from structc.records import Refusal
 from structc.spectral import on_circle, spectral_reference
 
-KERNELS = ("fft", "band")
+KERNELS = ("fft", "pocket", "band")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 19
 """Points of one chunk: with the spectrum and what comes back, some megabytes."""
@@ -39,7 +41,7 @@ def make(
         dtype: of x, taps and bias.
         kernel: one of :data:`KERNELS`, or ``"reference"``.
         config: ``fft``: ``size`` of the FFT and ``chunk``, in tokens; ``band``: ``block``, in
-            outputs. What is left out is chosen for the form.
+            outputs; ``pocket``: ``size``. What is left out is chosen for the form.
     """
     match kernel:
         case "reference":
@@ -48,6 +50,8 @@ def make(
             size = config.get("size", form.fft_size)
             chunk = config.get("chunk", max(1, CHUNK // form.fft_size))
             return _fft(form, dtype, size, chunk)
+        case "pocket":
+            return _pocket(form, dtype, config.get("size", form.fft_size))
         case "band":
             return _band(form, dtype, config.get("block", 64))
     return _refuse(kernel, "KERNEL", f"no kernel for convolutions is called {kernel!r}")
@@ -71,26 +75,20 @@ def _reference(form: str) -> ops.Kernel:
 def _fft(
     form: Spectral, dtype: torch.dtype, size: int | str, chunk: int | str
 ) -> ops.Kernel | Refusal:
-    if dtype not in DTYPES:
-        return _refuse("fft", "DTYPE", f"the FFT is made in float32, which is too few for {dtype}")
-    if not isinstance(size, int) or size not in sizes(form):
-        return _refuse("fft", "CONFIG", f"size {size!r} is none of {sizes(form)}")
+    spectrum_of = _spectrum(form, dtype, "fft", size)
+    if isinstance(spectrum_of, Refusal):
+        return spectrum_of
     if not isinstance(chunk, int) or chunk < 1:
         return _refuse("fft", "CONFIG", f"chunk {chunk!r} is no number of tokens")
-    finish, m, points = _epilogue(form.activation), form.out_features, size
-
-    def spectrum_of(weights: Sequence[Tensor]) -> Tensor:
-        return torch.fft.rfft(on_circle(weights[0].to(torch.float32), form, points))
+    finish, m, points = _epilogue(form.activation), form.out_features, int(size)
 
     def convolve(x: Tensor, spectrum: Tensor, bias: Tensor | None) -> Tensor:
         through = torch.fft.rfft(x.to(torch.float32), points)
         through *= spectrum
         return finish(torch.fft.irfft(through, points)[:, :m], bias)
 
-    tag = f"{form}/{size}"
-
     def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        spectrum = ops.derived(weights[:1], tag, spectrum_of)
+        spectrum = spectrum_of(weights)
         bias = weights[1] if len(weights) > 1 else None
         if x.shape[0] <= chunk:
             return convolve(x, spectrum, bias).to(dtype).contiguous()
@@ -100,6 +98,40 @@ def _fft(
         return y
 
     return run
+
+
+def _pocket(form: Spectral, dtype: torch.dtype, size: int | str) -> ops.Kernel | Refusal:
+    from scipy import fft  # not at the top: it is asked for at few rows alone, and takes a while
+
+    spectrum_of = _spectrum(form, dtype, "pocket", size)
+    if isinstance(spectrum_of, Refusal):
+        return spectrum_of
+    finish, m, points = _epilogue(form.activation), form.out_features, int(size)
+
+    def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        spectrum = spectrum_of(weights)
+        through = torch.from_numpy(fft.rfft(x.detach().to(torch.float32).numpy(), points))
+        through *= spectrum  # not by NumPy, which warns of a NaN
+        y = torch.from_numpy(fft.irfft(through.numpy(), points, overwrite_x=True))
+        return finish(y[:, :m], weights[1] if len(weights) > 1 else None).to(dtype).contiguous()
+
+    return run
+
+
+def _spectrum(
+    form: Spectral, dtype: torch.dtype, kernel: str, size: int | str
+) -> Callable[[Sequence[Tensor]], Tensor] | Refusal:
+    """What gives the spectrum of the taps, made anew only when they have changed."""
+    if dtype not in DTYPES:
+        return _refuse(kernel, "DTYPE", f"the FFT is made in float32, which is too few for {dtype}")
+    if not isinstance(size, int) or size not in sizes(form):
+        return _refuse(kernel, "CONFIG", f"size {size!r} is none of {sizes(form)}")
+    tag = f"{form}/{size}"
+
+    def make_spectrum(weights: Sequence[Tensor]) -> Tensor:
+        return torch.fft.rfft(on_circle(weights[0].to(torch.float32), form, size))
+
+    return lambda weights: ops.derived(weights[:1], tag, make_spectrum)
 
 
 def _band(form: Spectral, dtype: torch.dtype, block: int | str) -> ops.Kernel | Refusal:

@@ -66,7 +66,7 @@ def expected(form: Spectral, x: Tensor, taps: Tensor, bias: Tensor | None) -> Te
 
 def kernels(form: Spectral, dtype: torch.dtype = F32) -> list[tuple[str, ops.Kernel]]:
     """Every kernel in every configuration that a search would try, and some that cut more."""
-    configs = [("reference", {}), ("fft", {}), ("band", {})]
+    configs = [("reference", {}), ("fft", {}), ("pocket", {}), ("band", {})]
     configs += [
         (c.kernel, dict(c.config)) for c in Request(form, 17, F32, True, "").contenders("full")
     ]
@@ -127,8 +127,9 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         for name, run in kernels(form, dtype):
             y = run(x, [taps, bias])
             assert y.dtype == dtype and relative_error(y, want) < bench.TOLERANCE[dtype], name
-    refused = spectral.make(Spectral.circulant(8), torch.float64, "fft", {})
-    assert isinstance(refused, Refusal) and refused.code == "DTYPE"
+    for kernel in ("fft", "pocket"):
+        refused = spectral.make(Spectral.circulant(8), torch.float64, kernel, {})
+        assert isinstance(refused, Refusal) and refused.code == "DTYPE"
 
 
 def test_weights_may_have_another_dtype() -> None:
@@ -140,6 +141,7 @@ def test_weights_may_have_another_dtype() -> None:
         assert relative_error(y, expected(form, x, taps, bias)) < 1e-5, name
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_row_keeps_its_nan() -> None:
     for form in (Spectral.circulant(64), Spectral.toeplitz(60, 60), Spectral(60, 60, 5, 2)):
         for name, run in kernels(form):
@@ -182,7 +184,8 @@ def test_two_forms_may_share_their_taps() -> None:
 @pytest.mark.parametrize(
     ("kernel", "config", "code"),
     [("fft", {"size": 60}, "CONFIG"), ("fft", {"size": "big"}, "CONFIG"),
-     ("fft", {"chunk": 0}, "CONFIG"), ("fft", {"chunk": "x"}, "CONFIG"),
+     ("pocket", {"size": 60}, "CONFIG"), ("fft", {"chunk": 0}, "CONFIG"),
+     ("fft", {"chunk": "x"}, "CONFIG"),
      ("band", {"block": 0}, "CONFIG"), ("band", {"block": "x"}, "CONFIG"),
      ("onednn", {}, "KERNEL"), ("fault", {"kind": "wrong"}, "KERNEL")],
 )  # fmt: skip
@@ -220,12 +223,14 @@ def test_requests_and_contenders() -> None:
     assert found[0].label == "fft[125,64]" and Contender("band", {"block": 8}).label == "band[8]"
     assert {c.config.get("size") for c in found if c.kernel == "fft"} == {125, 61}
     assert len(request.contenders("full")) > len(found)
+    one = Request(Spectral.circulant(1024), 1, F32, False, "")
+    assert [c.label for c in one.contenders("quick")] == ["fft[1024,1]", "pocket[1024]"]
     wide = Request(Spectral.toeplitz(512, 512), 64, F32, False, "")
     assert {c.kernel for c in wide.contenders("full")} == {"fft"}
     assert tuning_key(request) != tuning_key(Request(request.form, 64, F32, False, ""))
 
 
-@pytest.mark.parametrize("kernel", ["fft", "band", "reference"])
+@pytest.mark.parametrize("kernel", ["fft", "pocket", "band", "reference"])
 def test_the_gate_passes_right_kernels(kernel: str) -> None:
     for form, dtype in ((Spectral(96, 96, 31, 4, False, "gelu"), "float32"),
                         (Spectral.circulant(96), "bfloat16")):  # fmt: skip
