@@ -87,7 +87,7 @@ def tuning_key(request: Request) -> Key:
     """What the request's measurements are stored under."""
     target = hardware.target()
     compiler = build.compiler_version(settings.current().compiler)
-    plus = "+bias" if request.bias and isinstance(request.form, PackedDense) else ""
+    plus = "+bias" if request.bias and not isinstance(request.form, Tile) else ""
     plus = "+parts" if request.parts else f" for {request.of}" if request.of else plus
     return Key(
         form=f"{request.form}{plus}",
@@ -150,7 +150,7 @@ class _Session:
 
     def _yardstick(self, request: Request) -> Request:
         """The dense product of the shape; for a chain its parts, each by its best kernel."""
-        if isinstance(request.form, PackedDense) or not request.form.is_chain:
+        if not isinstance(request.form, Tile) or not request.form.is_chain:
             return request.dense()
         kernels = []
         chain = Tile.parse(request.of) if request.of else request.form
@@ -206,8 +206,9 @@ class _Session:
 
 def _kind(request: Request) -> tuple[object, ...]:
     """What forms have in common that are best run alike."""
-    steps = () if isinstance(request.form, PackedDense) else request.form.steps
-    return (request.dense(), *(step.word for step in steps))
+    form = request.form
+    words = [step.word for step in form.steps] if isinstance(form, Tile) else [str(form)]
+    return (request.dense(), *words)
 
 
 def _rivals(rows: Sequence[Row]) -> list[tuple[Contender, float]]:

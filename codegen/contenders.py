@@ -7,16 +7,21 @@ from dataclasses import dataclass, field
 
 import torch
 
+from structc.codegen import spectral
 from structc.codegen.bench import Job
 from structc.codegen.cpu.program import analyse
 from structc.codegen.cpu.tile import DEFAULT
 from structc.codegen.dense import tile_form
-from structc.forms import Form, PackedDense, Tile
+from structc.forms import Form, PackedDense, Spectral, Tile
 from structc.records import Refusal
 
 Config = Mapping[str, int | str]
 FEW_ROWS = 512
 """Below this, sharing one tile's outputs between threads can beat giving each its own tile."""
+NARROW = 256
+"""Diagonals up to which a band may be faster by dense products than by an FFT."""
+SINGLE = 8
+"""Rows up to which planning an FFT takes as long as the FFT."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Contender:
         >>> Contender("tile", {"tile": 64}).label, Contender("aten").label
         ('tile[64]', 'aten')
         """
+        if self.kernel in spectral.KERNELS:
+            return f"{self.kernel}[{','.join(map(str, self.config.values()))}]"
         if self.kernel != "tile":
             return self.kernel
         return f"tile[{self.config['tile']}]"
@@ -43,7 +50,7 @@ class Request:
     """One form to price at one number of rows.
 
     Attributes:
-        form: a tile program with its bias and activation steps, or a dense product.
+        form: a tile program with its bias and activation steps, a dense product or a convolution.
         rows: of one call.
         dtype: of inputs and weights.
         bias: whether a bias is added (part of the program for a tile form).
@@ -84,6 +91,8 @@ class Request:
             return [Contender("parts", {"kernels": self.parts})]
         if isinstance(self.form, PackedDense):
             return dense_contenders(self.form, self.rows, self.dtype, effort)
+        if isinstance(self.form, Spectral):
+            return spectral_contenders(self.form, self.rows, effort)
         return tile_contenders(self.form, self.rows, self.dtype, effort)
 
     def job(self, contender: Contender) -> Job:
@@ -136,6 +145,23 @@ def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> l
     for chosen in _splits(rows)[1:]:
         add(tile=height, panel=likely, split=chosen)
     return list(found.values())
+
+
+def spectral_contenders(form: Spectral, rows: int, effort: str) -> list[Contender]:
+    """FFTs in chunks of several sizes, the likeliest first; blocks of the band if it is narrow."""
+    points = (0, 1, -1, -2, 2) if effort == "full" else (0, 1)
+    found: list[Contender] = []
+    for size in spectral.sizes(form):
+        chunks = [max(1, int(spectral.CHUNK * 2.0**p) // size) for p in points]
+        for chunk in dict.fromkeys(min(c, rows) for c in chunks):
+            found.append(Contender("fft", {"size": size, "chunk": chunk}))
+        if rows <= SINGLE:
+            found.append(Contender("pocket", {"size": size}))
+    least, most = form.diagonals
+    if most - least < NARROW:
+        blocks = (32, 64, 128) if effort == "full" else (32, 64)
+        found += [Contender("band", {"block": block}) for block in blocks]
+    return found
 
 
 def _widths(dtype: torch.dtype, effort: str) -> tuple[int, ...]:

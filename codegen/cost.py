@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 
 from structc.codegen.peaks import Peaks, known
-from structc.forms import Block, Form, PackedDense, Sparse
+from structc.forms import Block, Form, PackedDense, Sparse, Spectral
 
 CALL_MS = 0.004
 """What one operator call costs before any arithmetic."""
 DENSE_EFFICIENCY = 0.9
+SPECTRAL_EFFICIENCY = 0.08
+"""Of the peak of a matrix product: an FFT shuffles as much as it multiplies."""
 
 
 def predict_ms(form: Form, rows: int, dtype: torch.dtype, peaks: Peaks | None = None) -> float:
@@ -35,6 +37,8 @@ def _work(form: Form, rows: int) -> list[tuple[int, float]]:
     """(multiply-adds a row, share of the peak) of each factor."""
     if isinstance(form, PackedDense):
         return [(form.params, DENSE_EFFICIENCY * _fill(rows))]
+    if isinstance(form, Spectral):
+        return [(form.flops // 2, SPECTRAL_EFFICIENCY)]
     return [
         (s.nnz * s.b * s.c if isinstance(s, Sparse) else s.a * s.b * s.c * s.d, _share(s) * fill)
         for fill in (_fill(rows),)

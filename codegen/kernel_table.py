@@ -13,7 +13,21 @@ from structc.codegen import autotune
 from structc.codegen.autotune import Request
 from structc.codegen.peaks import Peaks
 from structc.families import LowRank, Monarch
-from structc.forms import Act, Add, Bias, Block, Form, Keep, Load, Norm, Sparse, Step, Tile
+from structc.forms import (
+    Act,
+    Add,
+    Bias,
+    Block,
+    Form,
+    Keep,
+    Load,
+    Norm,
+    PackedDense,
+    Sparse,
+    Spectral,
+    Step,
+    Tile,
+)
 from structc.records import Price, Refusal
 
 ROWS = (1, 16, 128, 1024)
@@ -44,9 +58,9 @@ class Case:
 
     @property
     def ratio(self) -> float:
-        """Parameters of the dense matrix over those of the form: of flops, or bytes of one row."""
-        dense = self.form.in_features * self.form.out_features
-        return (dense if self.of is None else self.of.params) / max(1, self.form.params)
+        """Flops of the dense matrix over those of the form; of blocks, bytes of one row as well."""
+        dense = PackedDense(self.form.in_features, self.form.out_features)
+        return (dense if self.of is None else self.of).flops / max(1, self.form.flops)
 
 
 def cases(dtype: torch.dtype, rows: Sequence[int] = ROWS) -> list[Case]:
@@ -78,6 +92,9 @@ def _forms() -> Iterator[tuple[str, Form, Sequence[int]]]:
             rank = n * n // (2 * (2 * n + b * b))
             parts = (Block(b, rank, n // b, 1), Block(1, b, b, rank), Block(b, n // b, rank, 1))
             yield f"BLAST {b}x{b} 50 % {n}", Tile(parts), ROWS
+    for n in (1024, 2048, 4096):
+        yield f"circulant {n}", Spectral.circulant(n), ROWS
+        yield f"Toeplitz {n}", Spectral.toeplitz(n, n), ROWS
     levels = (Block(512 >> level, 2, 2, 1 << level) for level in range(10))
     yield "butterfly 1024, 10 factors", Tile(tuple(levels)), ROWS
     yield "pixelated butterfly 25 % 1024", _pixelated(1024, 32, 64), ROWS

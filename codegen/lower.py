@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from structc import ops, reference
-from structc.codegen import backward, dense, parts
+from structc.codegen import backward, dense, parts, spectral
 from structc.codegen.cpu import tile
-from structc.forms import Form, PackedDense, Tile
+from structc.forms import Form, PackedDense, Spectral, Tile
 from structc.records import Refusal
+from structc.spectral import spectral_key
 
 
 def bind(
@@ -26,7 +27,7 @@ def bind(
     """Build what a price names and attach it for calls of up to ``rows`` rows.
 
     Args:
-        form: a tile program or a dense product.
+        form: a tile program, a dense product or a convolution.
         dtype: of the inputs that it will serve.
         rows: the bucket; the largest bucket serves all calls above it too.
         kernel: as in :attr:`structc.records.Price.kernel`, ``"tile[64]"`` or ``"onednn"``.
@@ -43,6 +44,8 @@ def bind(
     if isinstance(form, PackedDense):
         n, m, act = form.in_features, form.out_features, form.activation
         key = ops.dense_key(n, m, act, dtype, transposed)
+    elif isinstance(form, Spectral):
+        key = spectral_key(str(form), dtype)
     else:
         key = ops.tile_key(str(form), dtype)
         if kernel.startswith("tile"):
@@ -65,6 +68,8 @@ def make(
     if isinstance(form, PackedDense):
         name = "aten" if name == "reference" else name
         return dense.make(form, dtype, rows, name, config, transposed=transposed)
+    if isinstance(form, Spectral):
+        return spectral.make(form, dtype, name, config)
     if name == "reference":
         return _reference(form)
     if name == "parts":

@@ -307,7 +307,8 @@ def source_hash() -> str:
 
 @lru_cache(maxsize=4)
 def _hash_sources(folder: Path) -> str:
-    files = sorted([*folder.glob("*.h"), *folder.glob("*.py"), *folder.parent.glob("dense.py")])
+    beside = [folder.parent / "dense.py", folder.parent / "spectral.py"]
+    files = sorted([*folder.glob("*.h"), *folder.glob("*.py"), *beside])
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from structc.codegen.autotune import Request
 from structc.errors import ConfigError
 from structc.families import AbstractFamily, Dense
 from structc.families.base import with_epilogue
-from structc.forms import ACTIVATIONS, Form, PackedDense, Tile, parse_form
+from structc.forms import ACTIVATIONS, Form, PackedDense, Spectral, Tile, parse_form
 from structc.options import effort_of
 from structc.records import Price, Refusal
 
@@ -58,6 +59,9 @@ class Built(nn.Module):
             (weight,) = weights
             transposed = isinstance(family, Dense) and family.transposed
             return _dense(x, weight, bias, self.form.activation, transposed)
+        if isinstance(self.form, Spectral):
+            (taps,) = weights
+            return _spectral(x, taps, bias, self.form)
         listed = list(weights) if bias is None else [*weights, bias]
         y: Tensor = ops.tile([x], listed, str(self.form))[0]
         return y
@@ -177,16 +181,16 @@ def _parts(
         form = parse_form(given) if isinstance(given, str) else given
     except Exception as e:
         raise ConfigError(f"build: {e}", hint="str() of a form gives a text that is one.") from None
-    if not isinstance(form, (Tile, PackedDense)):
+    if not isinstance(form, (Tile, PackedDense, Spectral)):
         raise ConfigError(
             f"build: expected a family, a form or its text, got {type(given).__name__}",
             hint="structc.families.LowRank.fit(weight, rank=...) gives a family.",
         )
     _check_bias(bias, form.out_features)
-    if isinstance(form, PackedDense):
-        form = PackedDense(form.in_features, form.out_features, act or form.activation)
-    else:
+    if isinstance(form, Tile):
         form = with_epilogue(form, bias=bias is not None, activation=act)
+    else:
+        form = dataclasses.replace(form, activation=act or form.activation)
     return None, form, dtype or torch.float32
 
 
@@ -235,6 +239,11 @@ def _multiplied_out(family: AbstractFamily) -> Tensor:
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, transposed: bool) -> Tensor:
     y: Tensor = ops.dense(x, weight, bias, act, transposed)
+    return y
+
+
+def _spectral(x: Tensor, taps: Tensor, bias: Tensor | None, form: Spectral) -> Tensor:
+    y: Tensor = torch.ops.structc.spectral(x, taps, bias, str(form))
     return y
 
 

@@ -1,4 +1,4 @@
-"""What a machine executes: tile programs and packed dense products.
+"""What a machine executes: tile programs, packed dense products and convolutions.
 
 Many families become few forms, so that a new family usually needs no new kernel. A form is frozen
 data with a text that a person can read and an operator can carry:
@@ -15,6 +15,7 @@ True
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import dataclass, fields
 
@@ -233,7 +234,108 @@ class PackedDense:
         return PackedDense(int(match[1]), int(match[2]), act)
 
 
-Form = Tile | PackedDense
+@dataclass(frozen=True)
+class Spectral:
+    """A linear map that is a convolution, with its epilogue: what the FFT is for.
+
+    Math:    y_i = act(sum_{l < taps} k[l] * x[i + shift - l] + b_i), where x is zero outside
+             0 <= j < n, or periodic. As a matrix: W[i, j] = k[i - j + shift].
+    Shapes:  x (..., n); k (taps,); b (m,), if there is one; y (..., m).
+    Cost:    flops = min(2 m taps, 5 N log2 N + 3 N) a row: directly, or two real FFTs of N points
+             (2.5 N log2 N each) and N / 2 complex products; params = taps.
+    Errors:  :class:`InternalError` for sizes below 1 or an unknown activation.
+    Source:  Golub and Van Loan, Matrix Computations, 4th ed., 4.7.7 and 4.8.2.
+
+    >>> form = Spectral.circulant(4096)
+    >>> str(form), form.fft_size, form.params, form.flops
+    ('spectral(4096,4096,4096,0,1,none)', 4096, 4096, 258048)
+    >>> Spectral.toeplitz(300, 200).fft_size  # 499 diagonals
+    500
+    >>> str(Spectral(1024, 1024, 5, 2, activation="relu"))  # a centred filter of five taps
+    'spectral(1024,1024,5,2,0,relu)'
+    """
+
+    in_features: int
+    out_features: int
+    taps: int
+    shift: int
+    periodic: bool = False
+    activation: str = ""
+
+    def __post_init__(self) -> None:
+        if min(self.in_features, self.out_features, self.taps) < 1:
+            raise InternalError(f"{self}: sizes of a convolution start at 1")
+        if self.activation not in ("", *ACTIVATIONS):
+            raise InternalError(f"{self}: the activation is none of {ACTIVATIONS}")
+
+    @staticmethod
+    def circulant(n: int, activation: str = "") -> Spectral:
+        """W[i, j] = k[(i - j) mod n]: the taps are the first column."""
+        return Spectral(n, n, n, 0, True, activation)
+
+    @staticmethod
+    def toeplitz(n: int, m: int, activation: str = "") -> Spectral:
+        """W[i, j] = k[i - j + n - 1], (m, n): the first row backwards, then down the column."""
+        return Spectral(n, m, n + m - 1, n - 1, False, activation)
+
+    @property
+    def diagonals(self) -> tuple[int, int]:
+        """The least and the largest i - j that a tap stands for; inside W unless periodic."""
+        least, most = -self.shift, self.taps - 1 - self.shift
+        if self.periodic:
+            return least, most
+        return max(least, 1 - self.in_features), min(most, self.out_features - 1)
+
+    @property
+    def fft_size(self) -> int:
+        """Points of the FFT: the period where that is fast, else enough that nothing wraps."""
+        n, m = self.in_features, self.out_features
+        if self.periodic and m <= n == _fast_size(n):
+            return n
+        least, most = (1 - n, m - 1) if self.periodic else self.diagonals
+        return _fast_size(max(n, m, n + most, m - least))
+
+    @property
+    def params(self) -> int:
+        return self.taps
+
+    @property
+    def flops(self) -> int:
+        """Of one row; the epilogue not counted, as for the other forms."""
+        size = self.fft_size
+        spectral = round(5 * size * math.log2(size)) + 3 * size
+        return min(2 * self.out_features * self.taps, spectral)
+
+    def __str__(self) -> str:
+        sizes = f"{self.in_features},{self.out_features},{self.taps},{self.shift}"
+        return f"spectral({sizes},{int(self.periodic)},{self.activation or 'none'})"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> Spectral:
+        """The form that :meth:`__str__` wrote."""
+        match = re.fullmatch(r"spectral\((\d+),(\d+),(\d+),(-?\d+),([01]),(\w+)\)", text)
+        if match is None:
+            raise InternalError(f"{text!r} is no convolution")
+        n, m, taps, shift, periodic = (int(match[i]) for i in range(1, 6))
+        act = "" if match[6] == "none" else match[6]
+        return Spectral(n, m, taps, shift, bool(periodic), act)
+
+
+def _fast_size(least: int) -> int:
+    """The smallest 2^a 3^b 5^c that is no smaller: sizes at which every FFT library is fast."""
+    best = 1 << max(0, least - 1).bit_length()
+    five = 1
+    while five < best:
+        odd = five
+        while odd < best:
+            best = min(best, odd << max(0, -(-least // odd) - 1).bit_length())
+            odd *= 3
+        five *= 5
+    return best
+
+
+Form = Tile | PackedDense | Spectral
 
 
 def parse_form(text: str) -> Form:
@@ -244,6 +346,8 @@ def parse_form(text: str) -> Form:
 
     Errors: :class:`InternalError` for a text that is no form.
     """
+    if text.startswith("spectral("):
+        return Spectral.parse(text)
     return PackedDense.parse(text) if text.startswith("dense(") else Tile.parse(text)
 
 

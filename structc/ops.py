@@ -7,6 +7,8 @@ Two operators execute everything token-local:
 ``structc::dense(Tensor x, Tensor weight, Tensor? bias, str act, bool transposed) -> Tensor``
     a dense product with its epilogue.
 
+A third one, for convolutions, stands in :mod:`structc.spectral` and uses the same table.
+
 The reference is plain ATen, always there, differentiable, and never refuses. Faster kernels are
 *attached* to a key with the largest number of rows that each one is meant for; a key without a
 kernel, another dtype or another device runs the reference. Both pass ``torch.library.opcheck``, so
@@ -88,6 +90,12 @@ def detach_all() -> None:
     _KERNELS.clear()
     _BACKWARDS.clear()
     _derived.clear()
+
+
+def count_call() -> None:
+    """Say that an operator runs; see :func:`call_count`."""
+    global _calls
+    _calls += 1
 
 
 def call_count() -> int:

@@ -26,6 +26,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("forms",),
     ("names", "reference", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
+    ("spectral",),
     ("families", "metrics"),
     ("passes", "codegen", "compiled", "report"),
     ("artifact", "options"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import structc
-from structc import built
+from structc import built, ops
 from structc.codegen.autotune import Request, predict
 from structc.errors import ConfigError
 from structc.families import AbstractFamily, Dense, LowRank, Monarch
@@ -87,9 +87,9 @@ def test_dense_runs_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     op = structc.build(family, rows=(1, 100), activation="gelu", effort="quick")
     assert [p.form.startswith("dense") for p in op.prices.values()] == [True, False]
     seen: list[str] = []
-    dense, tile = torch.ops.structc.dense, torch.ops.structc.tile
-    monkeypatch.setattr(torch.ops.structc, "dense", lambda *a: seen.append("dense") or dense(*a))
-    monkeypatch.setattr(torch.ops.structc, "tile", lambda *a: seen.append("tile") or tile(*a))
+    dense, tile = ops.dense, ops.tile
+    monkeypatch.setattr(ops, "dense", lambda *a: seen.append("dense") or dense(*a))
+    monkeypatch.setattr(ops, "tile", lambda *a: seen.append("tile") or tile(*a))
     with torch.no_grad():
         for rows in (1, 2, 100, 500):
             x = torch.randn(rows, 64)
