@@ -171,8 +171,24 @@ class Tile:
 
     @property
     def is_chain(self) -> bool:
-        """Whether the program is more than one matrix with its bias and activation."""
-        return len(self.pieces()) > 1
+        """Whether the program is more than one matrix with its bias and activation.
+
+        >>> Tile.parse("block(1,4,3,1) act(relu,4) block(1,2,4,1)").is_chain
+        True
+        >>> Tile.parse("block(1,3,3,1) keep(3,1) load(3,0) block(1,3,3,1) add(3,1)").is_chain
+        False
+        """
+        steps = list(self.steps)
+        if isinstance(steps[-1], Act):
+            steps.pop()
+        if steps and isinstance(steps[-1], Bias):
+            steps.pop()
+        inputs = len(self.input_features)
+        return not all(
+            isinstance(s, (Block, Sparse, Permute, Select, Keep, Load))
+            or (isinstance(s, Add) and s.index >= inputs)
+            for s in steps
+        )
 
     def then(self, *steps: Step) -> Tile:
         """The program followed by further steps."""

@@ -204,26 +204,34 @@ def _watched(tensors: Sequence[Tensor]) -> bool:
 def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
     global _calls
     _calls += 1
-    x, *others = inputs
-    key = ("tile", x.device.type, program, x.dtype)
+    x = inputs[0]
     shape = x.shape
     rows = x.numel() // shape[-1] if shape[-1] else 0
-    kernel = kernel_for(key, rows)
+    kernel = kernel_for(("tile", _backend(x), program, x.dtype), rows)
     if kernel is None or rows == 0:
-        return [_fresh(tile_reference(x, weights, program, others), x)]
+        return [_fresh(tile_reference(x, weights, program, inputs[1:]), x)]
     features, many = _counts(program)
     if (len(inputs), len(weights), shape[-1]) != (len(features), many, features[0]):
         _check_counts(program, inputs, weights)  # raises
-    flat = x.reshape(rows, shape[-1]).contiguous()
-    if others:
-        wide = [
-            o.expand(*shape[:-1], n or o.shape[-1]).reshape(rows, -1).contiguous()
-            for o, n in zip(others, features[1:], strict=True)
-        ]
-        y = kernel(flat, weights, wide)
+    if len(inputs) == 1:
+        y = kernel(_flat(x, rows), weights)
     else:
-        y = kernel(flat, weights)
-    return [y.view(*shape[:-1], y.shape[-1])]
+        others = [
+            _flat(o.expand(*shape[:-1], n or o.shape[-1]), rows)
+            for o, n in zip(inputs[1:], features[1:], strict=True)
+        ]
+        y = kernel(_flat(x, rows), weights, others)
+    return [y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])]
+
+
+def _backend(x: Tensor) -> str:
+    return "cpu" if x.is_cpu else x.device.type  # asking for the device makes an object
+
+
+def _flat(x: Tensor, rows: int) -> Tensor:
+    """(rows, features), contiguous."""
+    flat = x if x.dim() == 2 else x.reshape(rows, -1)
+    return flat if flat.is_contiguous() else flat.contiguous()
 
 
 def _dense(
@@ -233,12 +241,12 @@ def _dense(
     _calls += 1
     n, m = weight.shape if transposed else weight.shape[::-1]
     rows = x.numel() // n if n else 0
-    kernel = kernel_for(("dense", x.device.type, n, m, act, x.dtype, transposed), rows)
+    kernel = kernel_for(("dense", _backend(x), n, m, act, x.dtype, transposed), rows)
     if kernel is None or rows == 0:
         return _fresh(dense_reference(x, weight, bias, act, transposed), x)
     weights = (weight,) if bias is None else (weight, bias)
-    y = kernel(x.reshape(rows, n).contiguous(), weights)
-    return y.view(*x.shape[:-1], m)
+    y = kernel(_flat(x, rows), weights)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], m)
 
 
 def _fresh(y: Tensor, x: Tensor) -> Tensor:

@@ -47,35 +47,45 @@ class Copies:
     costs a microsecond a weight, as much as a small product.
     """
 
-    def __init__(self, places: Sequence[Place], pointers: int) -> None:
-        self._places = tuple(places)
+    def __init__(
+        self, places: Sequence[Place], pointers: int, dtypes: Sequence[torch.dtype]
+    ) -> None:
+        self._places, self._dtypes = tuple(places), tuple(dtypes)
         self._array = ctypes.c_void_p * pointers
-        self._known: dict[int, _Copy] = {}
+        self._known: dict[int, Copy] = {}
 
-    def of(self, weights: Sequence[Tensor]) -> _Copy:
-        """The copies of some weights, which the caller keeps alive while it uses them."""
+    def of(self, weights: Sequence[Tensor]) -> Copy | None:
+        """The copies of some weights, which the caller keeps alive while it uses them.
+
+        None if the kernel is not for weights like these.
+        """
         name = id(weights[0]) if weights else 0
         known = self._known.get(name)
         return known if known is not None and known.is_of(weights) else self._made(name, weights)
 
-    def _made(self, name: int, weights: Sequence[Tensor]) -> _Copy:
+    def _made(self, name: int, weights: Sequence[Tensor]) -> Copy | None:
+        for weight, dtype in zip(weights, self._dtypes, strict=True):
+            if weight.dtype != dtype or weight.device.type != "cpu":
+                return None
         pointers, packed = self._array(), []
         for at, prepared, sources in self._places:
             packed.append(ops.derived([weights[i] for i in sources], prepared.tag, prepared.pack))
             pointers[at] = packed[-1].data_ptr()
         if any(w.is_inference() for w in weights):  # those have no version: for this call alone
-            return _Copy((), pointers, tuple(packed))
+            return Copy((), pointers, tuple(packed))
         table = self._known
         stamps = [
             (weakref.ref(w, lambda _: table.pop(name, None)), w._version, w.data_ptr())
             for w in weights
         ]
-        table[name] = made = _Copy(tuple(stamps), pointers, tuple(packed))
+        table[name] = made = Copy(tuple(stamps), pointers, tuple(packed))
         return made
 
 
 @dataclass(frozen=True, eq=False)
-class _Copy:
+class Copy:
+    """Packed copies of the weights of one layer, and what tells that they are of those."""
+
     stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]
     pointers: ctypes.Array[ctypes.c_void_p]
     packed: tuple[Tensor, ...]

@@ -14,7 +14,7 @@ from torch import Tensor
 from structc import reference
 from structc.codegen.cpu import build
 from structc.codegen.cpu.emit import Spec, emit, spec_of
-from structc.codegen.cpu.pack import PACK, VECTORS, Copies, Place, prepared
+from structc.codegen.cpu.pack import PACK, VECTORS, Copies, Copy, Place, prepared
 from structc.codegen.cpu.program import Program, Stage, analyse
 from structc.codegen.cpu.samples import sample, sample_form
 from structc.forms import Select, Sparse, Step, Tile
@@ -51,19 +51,17 @@ class TileKernel:
     function: Callable[..., int]
     sizes: ctypes.Array[ctypes.c_int64]
     copies: Copies
-    dtypes: tuple[torch.dtype, ...]
-    """Of weights and further inputs."""
     streams: type[ctypes.Array[ctypes.c_void_p]]
     """Of pointers to the inputs."""
 
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()
     ) -> Tensor:
-        for w, dtype in zip((*weights, *others), self.dtypes, strict=True):
-            if w.dtype != dtype or w.device.type != "cpu":
-                return reference.tile_reference(x, weights, str(self.form), others)
+        known = self.copies.of(weights)
+        if known is None or any(o.dtype != self.dtype or o.device.type != "cpu" for o in others):
+            return reference.tile_reference(x, weights, str(self.form), others)
         y = x.new_empty((x.shape[0], self.program.out_features))
-        self.into(x, weights, y, others)
+        self._run(x, known, y, others)
         return y
 
     def into(
@@ -71,6 +69,10 @@ class TileKernel:
     ) -> None:
         """Write the product to ``y``, contiguous; all of it is written."""
         known = self.copies.of(weights)
+        assert known is not None
+        self._run(x, known, y, others)
+
+    def _run(self, x: Tensor, known: Copy, y: Tensor, others: Sequence[Tensor]) -> None:
         streams = self.streams(x.data_ptr(), *map(Tensor.data_ptr, others))
         failed = self.function(streams, known.pointers, y.data_ptr(), x.shape[0], self.sizes)
         if failed:
@@ -141,10 +143,9 @@ def _bind(
     label = f"tile[{config['tile']}]"
     sizes = (ctypes.c_int64 * len(numbers))(*numbers)
     dtypes = [d for step in form.steps for d in _dtypes(step, dtype)]
-    dtypes += [dtype] * (len(program.inputs) - 1)
+    copies = Copies(places, VECTORS * len(program.stages), dtypes)
     streams = ctypes.c_void_p * len(program.inputs)
-    copies = Copies(places, VECTORS * len(program.stages))
-    return TileKernel(label, form, dtype, program, function, sizes, copies, tuple(dtypes), streams)
+    return TileKernel(label, form, dtype, program, function, sizes, copies, streams)
 
 
 def _dtypes(step: Step, dtype: torch.dtype) -> list[torch.dtype]:

@@ -248,15 +248,20 @@ def test_a_dead_yardstick_is_not_remembered(
 def test_a_disturbed_baseline_promises_nothing(empty_db: TuningDb) -> None:
     """A dense kernel that was hit by the scheduler counts as what it is known to take."""
 
+    spread = 2.0
+
     class Busy:
         def check(self, job: object) -> float:
             return 0.1
 
         def time(self, jobs: list[object], rounds: int, expected_s: float) -> list[Timed]:
-            return [Timed(8.0, 8.0, 0.0, 3), *(Timed(0.5, 0.5, 0.0, 3) for _ in jobs[1:])]
+            return [Timed(8.0, 8.0, spread, 3), *(Timed(0.5, 0.5, 0.0, 3) for _ in jobs[1:])]
 
     rivals = [(Contender("aten"), 0.8)]
     tried = SMALL.contenders("quick")
     busy: Any = Busy()
     rows = measure.Measurement(busy, SMALL, tried, rivals, "quick").run()
     assert {r.baseline_ms for r in rows} == {0.8 * measure.SLACK}
+    spread = 0.02  # slow but steady: everything beside it was as slow
+    rows = measure.Measurement(busy, SMALL, tried, rivals, "quick").run()
+    assert {r.baseline_ms for r in rows} == {8.0}
