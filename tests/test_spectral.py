@@ -14,7 +14,7 @@ from structc.codegen import spectral as kernels
 from structc.errors import InternalError
 from structc.forms import ACTIVATIONS, Spectral, parse_form
 from structc.numerics import relative_error
-from structc.ops import ACTIVATION
+from structc.reference import ACTIVATION
 from structc.records import Refusal
 from structc.spectral import on_circle, spectral_reference
 

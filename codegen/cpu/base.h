@@ -5,8 +5,18 @@ extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
 
 static inline void release();  // what a thread does when its share of the work is done
 
+// OpenMP's threads do not survive a fork, and a child that asks for them waits for ever.
+static bool forked = false;
+[[maybe_unused]] static const int watching =
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 template <class Body>
 static int32_t parallel(int64_t tasks, const Body& body) {
+  if (tasks == 1 || forked) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    release();
+    return 0;
+  }
   return torch_parallel_for(
       0, tasks, 1,
       [](int64_t begin, int64_t end, void* context) {

@@ -48,13 +48,13 @@ def spec_of(program: Program, dtype: torch.dtype) -> Spec:
 
 
 def emit(spec: Spec) -> str:
-    """The C++ source of one library, self-contained but for the C++ standard library."""
-    included = "".join(f"#include <{name}>\n" for name in _STANDARD)
+    """The C++ source of one library, self-contained but for the C++ and POSIX libraries."""
+    included = "".join(f"#include <{name}>\n" for name in _INCLUDED)
     parts = [f"// structc tile kernel {spec.name}", included, *map(_piece, pieces(spec))]
     return "\n".join(part.rstrip("\n") + "\n" for part in [*parts, *_own(spec)])
 
 
-_STANDARD = ("cmath", "cstdint", "cstdlib", "cstring", "new")
+_INCLUDED = ("cmath", "cstdint", "cstdlib", "cstring", "new", "pthread.h")
 
 
 def pieces(spec: Spec) -> list[str]:

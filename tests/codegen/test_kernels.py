@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import structc
 from structc import hardware, reference
 from structc.codegen import lower
 from structc.codegen.cpu import tile
@@ -325,6 +329,60 @@ def test_operator_runs_the_kernel_on_strided_inputs() -> None:
         (y,) = torch.ops.structc.tile([view], weights, str(form))
         expected = reference.tile_reference(view.double(), [w.double() for w in weights], str(form))
         assert relative_error(y, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(96,), (0, 96), (3, 0, 96), (1, 1, 2, 3, 96), (2, 1, 7, 1, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_inputs_of_any_rank(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    form = Tile((*low_rank(96, 64, 24), Bias(64)))
+    assert lower.bind(form, dtype, 64, "tile[64]", {}) is None
+    _, weights = sample(form, 1, dtype=dtype)
+    x = torch.randn(shape).to(dtype)
+    (y,) = torch.ops.structc.tile([x], weights, str(form))
+    assert y.shape == (*shape[:-1], 64) and y.dtype == dtype
+    wide = reference.tile_reference(x.double(), [w.double() for w in weights], str(form))
+    assert relative_error(y, wide) < (TOLERANCE if dtype == torch.float32 else 2e-2)
+
+
+def test_threads_that_change_and_calls_from_several_threads() -> None:
+    form = Tile((*monarch(4, 24, 4, 24, 16), Bias(96), Act("gelu", 96)))
+    kernel = tile.make(form, {"tile": 16})
+    assert not isinstance(kernel, Refusal)
+    (x,), weights = sample(form, 300)
+    expected = kernel(x, weights)
+    for threads in (1, 2, 4, 1):  # the library was built while there were others
+        torch.set_num_threads(threads)
+        assert torch.equal(kernel(x, weights), expected)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: torch.equal(kernel(x, weights), expected), range(40)))
+
+
+FORKED = """
+import os, sys
+import torch
+from structc.codegen.cpu import tile
+from structc.codegen.cpu.samples import sample
+from structc.forms import Tile
+
+form = Tile.parse("block(1,24,96,1) block(1,64,24,1) bias(64)")
+kernel = tile.make(form, {"tile": 16, "split": int(sys.argv[1])})
+(x,), weights = sample(form, 200)
+torch.set_num_threads(2)
+expected = kernel(x, weights)
+child = os.fork()
+if not child:
+    same = (kernel(x, weights).numpy() == expected.numpy()).all()
+    os._exit(0 if same else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("split", ["0", "1"])
+def test_a_fork_after_the_build(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child has none of OpenMP's threads: it works alone and does not wait for them."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(structc.__file__).parents[1]))
+    command = [sys.executable, "-P", "-c", FORKED, split]
+    assert subprocess.run(command, timeout=120).returncode == 0
 
 
 def test_weight_updates_reach_the_kernel() -> None:

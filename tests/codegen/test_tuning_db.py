@@ -217,17 +217,22 @@ from structc.codegen.tuning_db import Key, Row, TuningDb
 me = int(sys.argv[2])
 db = TuningDb(Path(sys.argv[1]))
 key = Key("f", 1, "float32", False, 1, "c", ("i",), 1, "t", "g", "s")
-for i in range(25):
-    row = Row("tile", {"n": 100 * me + i}, latency_ms=1.0, baseline_ms=1.0, baseline="aten")
+for i in range(int(sys.argv[3])):
+    row = Row("tile", {"n": 1000 * me + i}, latency_ms=1.0, baseline_ms=1.0, baseline="aten")
     assert db.put(key, [row])
     assert any(r.config == row.config for r in db.rows(key))
 """
 
 
-def test_several_processes_write_at_once(db: TuningDb, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("processes", "rows"), [(4, 25), pytest.param(16, 200, marks=pytest.mark.slow)]
+)
+def test_several_processes_write_at_once(
+    processes: int, rows: int, db: TuningDb, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(structc.__file__).parents[1]))
     command = [sys.executable, "-P", "-c", WRITER, str(db.path)]
-    writers = [subprocess.Popen([*command, str(i)]) for i in range(4)]
-    assert [w.wait(120) for w in writers] == [0, 0, 0, 0]
+    writers = [subprocess.Popen([*command, str(i), str(rows)]) for i in range(processes)]
+    assert [w.wait(240) for w in writers] == [0] * processes
     key = Key("f", 1, "float32", False, 1, "c", ("i",), 1, "t", "g", "s")
-    assert len(db.rows(key)) == 100
+    assert len(db.rows(key)) == processes * rows
