@@ -29,6 +29,8 @@ __all__ = ["Request", "predict", "price", "tuning_key"]
 EFFORTS = ("none", "recorded", "quick", "full")
 NEAR, MOST_RIVALS = 1.25, 2
 """Dense kernels within this factor of the best are timed again beside each form."""
+HOPELESS = 1.5
+"""What the cost model expects to take so many times what dense takes need not be timed."""
 ALIKE, MOST_ALIKE = 1.1, 2
 """Configurations so near the best of one form are what a quick search tries at its siblings: forms
 of the same steps at the same dense shape, another rank say."""
@@ -39,6 +41,7 @@ def price(
     *,
     effort: str,
     seconds: float | None = None,
+    prune: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Request, Price | Refusal]:
     """Latency of every request against the best dense kernel at its shape.
@@ -49,6 +52,7 @@ def price(
             database has and times nothing, ``"quick"`` times the likely configurations, ``"full"``
             all of them.
         seconds: stop measuring after this long; what is left is refused with code ``BUDGET``.
+        prune: refuse untimed, with code ``PRUNED``, what the cost model sees no chance for.
         progress: called with what was priced, how many are done, and how many there are.
 
     Returns:
@@ -65,7 +69,7 @@ def price(
         return {request: predict(request) for request in unique}
     prices: dict[Request, Price | Refusal] = {}
     with Worker() as worker:  # starts when it is first asked: a full database needs none
-        session = _Session(worker, effort, seconds)
+        session = _Session(worker, effort, seconds, prune)
         for done, request in enumerate(sorted(unique, key=_group), 1):
             prices[request] = session.price(request)
             if progress is not None:
@@ -79,7 +83,16 @@ def predict(request: Request) -> Price:
     latency = cost.predict_ms(request.form, request.rows, request.dtype)
     kernel = "aten" if isinstance(request.form, PackedDense) else "reference"
     return Price(
-        str(request.form), request.rows, latency, baseline, kernel, {}, "aten", 0.0, "predicted"
+        str(request.form),
+        request.rows,
+        latency,
+        baseline,
+        kernel,
+        {},
+        "aten",
+        0.0,
+        "predicted",
+        expected_ms=latency,
     )
 
 
@@ -118,6 +131,7 @@ class _Session:
     worker: Worker
     effort: str
     seconds: float | None
+    prune: bool
     db: TuningDb = field(default_factory=TuningDb)
     started: float = field(default_factory=time.monotonic)
     dense: dict[Request, list[Row]] = field(default_factory=dict)
@@ -135,6 +149,8 @@ class _Session:
             self.dense[dense] = self._find(dense, [])
             self.without[dense] = self.refusal
         if request != dense:
+            if self.prune and (hopeless := _hopeless(request, dense)):
+                return hopeless
             rivals = _rivals(self.dense[dense])
             if not rivals:
                 why = self.without[dense].reason
@@ -204,6 +220,18 @@ class _Session:
         return [c for i, c in enumerate(every) if i == 0 or dict(c.config) in good]
 
 
+def _hopeless(request: Request, dense: Request) -> Refusal | None:
+    """A refusal where the cost model sees no chance, and timing would be wasted."""
+    if isinstance(request.form, Tile) and request.form.is_chain:
+        return None
+    ours = cost.predict_ms(request.form, request.rows, request.dtype)
+    theirs = cost.predict_ms(dense.form, request.rows, request.dtype)
+    if ours <= HOPELESS * theirs:
+        return None
+    reason = f"the cost model expects {ours:.3g} ms where dense takes {theirs:.3g}: not timed"
+    return Refusal("", "tuner", "PRUNED", reason)
+
+
 def _kind(request: Request) -> tuple[object, ...]:
     """What forms have in common that are best run alike."""
     form = request.form
@@ -237,4 +265,5 @@ def _from_row(request: Request, row: Row) -> Price | Refusal:
         row.baseline,
         row.spread,
         "measured",
+        expected_ms=cost.predict_ms(request.form, request.rows, request.dtype),
     )

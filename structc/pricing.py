@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ def price(sites: Sites, options: Options, notes: Log) -> Prices:
         list(requests.values()),
         effort=options.effort,
         seconds=options.seconds,
+        prune=options.effort == "quick" and not _asked_for(sites, options),
         progress=_named(options.progress, "price"),
     )
     prices: Prices = {}
@@ -62,7 +64,25 @@ def price(sites: Sites, options: Options, notes: Log) -> Prices:
             notes.refusals.append(replace(cost, site=site_name, family=family))
         else:
             prices[site_name, family, hyper_key] = (request, cost)
+    notes.notes += _model_note([cost for _, cost in prices.values()])
     return prices
+
+
+def _asked_for(sites: Sites, options: Options) -> bool:
+    """Whether forms may be wanted that are slower than dense."""
+    return options.budget.params is not None or any(forced(s, options) for s in sites.linear)
+
+
+def _model_note(prices: Sequence[Price]) -> list[str]:
+    """How near the cost model came to what was measured."""
+    measured = [p for p in prices if p.source == "measured" and p.latency_ms > 0 < p.expected_ms]
+    if len(measured) < 2:
+        return []
+    low, middle, high = statistics.quantiles([p.expected_ms / p.latency_ms for p in measured], n=4)
+    return [
+        f"the cost model expected {middle:.2f} of the time that was measured (median of "
+        f"{len(measured)} prices, quartiles {low:.2f} and {high:.2f})"
+    ]
 
 
 def worth_fitting(

@@ -210,6 +210,7 @@ class Price:
         baseline: the dense kernel that was fastest.
         spread: (upper quartile - lower quartile) / lower quartile.
         source: ``"measured"`` or ``"predicted"``.
+        expected_ms: what the cost model expects of the form; 0 if it was not asked.
     """
 
     form: str
@@ -221,6 +222,7 @@ class Price:
     baseline: str
     spread: float
     source: str
+    expected_ms: float = 0.0
 
     @property
     def speedup(self) -> float:

@@ -14,8 +14,8 @@ from structc.codegen import spectral as kernels
 from structc.errors import InternalError
 from structc.forms import ACTIVATIONS, Spectral, parse_form
 from structc.numerics import relative_error
-from structc.reference import ACTIVATION
 from structc.records import Refusal
+from structc.reference import ACTIVATION
 from structc.spectral import on_circle, spectral_reference
 
 SIZES = st.integers(1, 40)

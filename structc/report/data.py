@@ -104,6 +104,7 @@ def candidate_data(candidate: Candidate, dense_params: int) -> Json:
         "dense_ms": finite(price.baseline_ms),
         "speedup": ratio(price.baseline_ms, price.latency_ms),
         "spread": finite(price.spread),
+        "expected_ms": finite(price.expected_ms),
         "kernel": price.kernel,
         "config": plain(price.config),
         "baseline": price.baseline,

@@ -33,9 +33,13 @@ for a value that may be null."""
 _HYPER = {"*": ANY}
 _REFUSAL = {"site": TEXT, "family": TEXT, "code": TEXT, "reason": TEXT}
 _CHOICE = {"family": TEXT, "hyper": _HYPER}
+_MEASURES = (
+    *("params_kept", "error", "latency_ms", "dense_ms", "speedup", "spread"),
+    "expected_ms",
+)
 _CANDIDATE = {
     **_CHOICE,
-    **dict.fromkeys(("params_kept", "error", "latency_ms", "dense_ms", "speedup", "spread"), MAYBE),
+    **dict.fromkeys(_MEASURES, MAYBE),
     **dict.fromkeys(("params", "flops"), WHOLE),
     **dict.fromkeys(("kernel", "baseline", "source", "form", "status", "why"), TEXT),
     "diverged": FLAG,
