@@ -19,6 +19,9 @@ from structc.codegen.cpu import tile
 from structc.forms import Act, Bias, Block, Permute, Step, Tile
 from structc.records import Refusal
 
+FEW = 64
+"""Below so many rows threads share the outputs of a product."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -78,7 +81,7 @@ class Backward:
 
     form: Tile
     dtype: torch.dtype
-    _kernels: dict[Tile, tile.TileKernel] = field(default_factory=dict)
+    _kernels: dict[tuple[Tile, int], tile.TileKernel] = field(default_factory=dict)
 
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], grad: Tensor
@@ -129,12 +132,13 @@ class Backward:
         return before
 
     def _run(self, form: Tile, x: Tensor, weight: Tensor) -> Tensor:
-        kernel = self._kernels.get(form)
+        split = int(x.shape[0] < FEW)
+        kernel = self._kernels.get((form, split))
         if kernel is None:
-            made = tile.make(form, {"split": int(x.shape[0] < 64)}, dtype=self.dtype)
+            made = tile.make(form, {"split": split}, dtype=self.dtype)
             if isinstance(made, Refusal):
                 raise _Unserved
-            kernel = self._kernels[form] = made
+            kernel = self._kernels[form, split] = made
         return kernel(x, [weight])
 
 

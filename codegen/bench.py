@@ -223,6 +223,8 @@ def _check_odd(job: Job, tolerance: float) -> Refusal | None:
         return parts
     shuffles = any(stage.blocks for stage in parts.stages)
     odd = sample_form(spec_of(parts, dtype), shuffles=shuffles)
+    if odd is None:
+        return _refuse(job, "UNSERVED", "more slots than a test of its library may have")
     kernel = tile.make(odd, job.config, dtype=dtype)
     if isinstance(kernel, Refusal):
         return kernel

@@ -22,7 +22,7 @@ TIMING_S = 20.0
 TRIES, QUIET = 3, 0.25
 """A timing in which some spread is larger is repeated, so many times at most."""
 SLACK = 1.25
-"""A dense kernel is never taken to be slower than this times what it was known to take."""
+"""A dense kernel whose timing was disturbed counts as this times what it was known to take."""
 MARGIN, DENSE_MARGIN = (0.02, 0.10), (0.05, 0.10)
 """A default gives way to something better by more than the spread, held inside these bounds.
 
@@ -126,21 +126,20 @@ class Measurement:
     def _undisturbed(
         self, jobs: Sequence[Job], turns: int, once_s: float
     ) -> list[Timed] | tuple[int, Refusal]:
-        """Timings of the worker; again, and the best of each kept, while they are far apart.
+        """Timings of the worker; again, and the steadiest try kept, while they are far apart.
 
         A busy machine can make a product of microseconds take a scheduler's quantum: a baseline
         that was hit would promise a speedup that nobody gets.
         """
-        best: list[Timed] = []
+        tries: list[list[Timed]] = []
         for _ in range(TRIES):
             result = self.worker.time(jobs, turns, expected_s=2 * turns * once_s)
             if not isinstance(result, list):
                 return result
-            pairs = zip(best or result, result, strict=True)
-            best = [min(pair, key=lambda t: t.latency_ms) for pair in pairs]
-            if max(t.spread for t in best) <= QUIET:
+            tries.append(result)
+            if _worst(result) <= QUIET:
                 break
-        return best
+        return min(tries, key=_worst)  # whole: what is compared ran in the same rounds
 
     def _baseline(self, result: Sequence[Timed]) -> Baseline:
         """The fastest rival of this run; among dense kernels eager PyTorch, timed first."""
@@ -159,6 +158,10 @@ class Measurement:
             baseline=base[0],
             spread=timed.spread,
         )
+
+
+def _worst(timed: Sequence[Timed]) -> float:
+    return max(t.spread for t in timed)
 
 
 def _plausible(now: Timed, known_ms: float) -> float:

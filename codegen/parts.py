@@ -30,14 +30,6 @@ def make(form: Tile, config: Mapping[str, int | str], make_one: Make) -> ops.Ker
             return made
         kernels.append((whole, made))
     pieces = form.pieces()
-    matrices: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def matrix(weight: Tensor, m: int, n: int) -> Tensor:
-        """The weight as a matrix, the same tensor at each call: it is packed once."""
-        known = matrices.get(id(weight))
-        if known is None or known[0] is not weight:
-            known = matrices[id(weight)] = (weight, weight.reshape(m, n))
-        return known[1]
 
     def run(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Tensor:
         left, products = list(weights), iter(kernels)
@@ -47,10 +39,17 @@ def make(form: Tile, config: Mapping[str, int | str], make_one: Make) -> ops.Ker
             if isinstance(piece, Tile):
                 whole, kernel = next(products)
                 if isinstance(whole, PackedDense):
-                    own[0] = matrix(own[0], whole.out_features, whole.in_features)
+                    own[0] = _matrix(own[0], whole)
                 x = kernel(x, own)
             else:
                 x = reference.apply_step(piece, x, iter(own), slots)
         return x
 
     return run
+
+
+def _matrix(weight: Tensor, whole: PackedDense) -> Tensor:
+    """A block's weight as a matrix, the same tensor at each call: it is packed once."""
+    shape = whole.out_features, whole.in_features
+    made: Tensor = ops.derived([weight], f"matrix{shape}", lambda w: w[0].reshape(shape))
+    return made

@@ -307,7 +307,7 @@ def source_hash() -> str:
 
 @lru_cache(maxsize=4)
 def _hash_sources(folder: Path) -> str:
-    beside = [folder.parent / "dense.py", folder.parent / "spectral.py"]
+    beside = [folder.parent / f"{name}.py" for name in ("dense", "spectral", "parts")]
     files = sorted([*folder.glob("*.h"), *folder.glob("*.py"), *beside])
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

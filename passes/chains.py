@@ -88,10 +88,15 @@ def find_chains(region: Region, view: torch.fx.GraphModule) -> list[Chain]:
         if not flow.in_degree(node) and not isinstance(links[node].steps[0], Block):
             flow.remove_node(node)
     order = {node: at for at, node in enumerate(graph.nodes)}
+    writes = [at for node, at in order.items() if _writes(node)]
     found = []
     for part in nx.weakly_connected_components(flow):
-        chain = _chain([links[n] for n in sorted(part, key=order.__getitem__)], region)
-        if chain is not None:
+        ordered = sorted(part, key=order.__getitem__)
+        chain = _chain([links[n] for n in ordered], region)
+        # in between somebody may write to what the chain reads: it reads at its end
+        if chain is not None and not any(
+            order[ordered[0]] < w < order[ordered[-1]] for w in writes
+        ):
             found.append(chain)
     return sorted(found, key=lambda c: order[c.links[-1].node])
 
@@ -102,9 +107,9 @@ def fuse(graph: torch.fx.Graph, chains: list[Chain]) -> None:
     rewrite:      linear -> act -> linear -> add(z) -> norm  -->  structc::tile([x, z], weights,
                   program);  act(gate(x)) * up(x) -> down  -->  structc::tile([x], weights, program)
     Sound because: each link is read by the next one alone, and the program is their composition on
-        one token; nothing in between mixes tokens.
-    Skips when:   a link has other readers; sizes are not those of one token's features; a weight is
-        stored transposed.
+        one token; nothing in between mixes tokens or writes to a tensor.
+    Skips when:   a link has other readers; sizes are not those of one token's features; dtypes
+        differ; an in-place operator stands between the links; a weight is stored transposed.
     """
     for chain in chains:
         last = chain.links[-1].node
@@ -147,8 +152,10 @@ def _tile_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
     if made.target is not torch.ops.structc.tile.default:
         return None
     inputs, weights, program = _args(made, 3)
-    (x,) = inputs
-    return Link(node, x, Tile.parse(str(program)).steps, tuple(weights))
+    steps = Tile.parse(str(program)).steps
+    if len(inputs) != 1 or any(isinstance(s, (Keep, Load, Add, Mul)) for s in steps):
+        return None  # it has slots of its own
+    return Link(node, inputs[0], steps, tuple(weights))
 
 
 def _dense_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
@@ -226,9 +233,10 @@ def _shape(node: torch.fx.Node) -> list[str]:
 
 def _features(node: torch.fx.Node) -> int:
     value = _meta(node)
-    if not isinstance(value, Tensor) or value.dim() < 2 or not isinstance(value.shape[-1], int):
+    if not isinstance(value, Tensor) or value.dim() < 2:
         return 0
-    return value.shape[-1]
+    n = value.shape[-1]
+    return n if isinstance(n, int) else n.node.maybe_as_int() or 0  # of inputs a symbol, constant
 
 
 def _depth(node: torch.fx.Node) -> int:
@@ -266,12 +274,18 @@ def _chain(links: list[Link], region: Region) -> Chain | None:
                 inputs.append(read)
     if any(_shape(i)[:-1] != _shape(links[-1].node)[:-1] for i in inputs):
         return None
-    steps = _steps(links, inputs)
-    if steps is None:
+    dtype = _meta(inputs[0]).dtype
+    if any(_meta(n).dtype != dtype for n in (*inputs, *inside)):
         return None
-    first = links[0].x
-    rows, dtype = rows_of(first, region), _meta(first).dtype
-    return Chain(tuple(links), Tile(steps), tuple(inputs), rows, dtype)
+    steps = _steps(links, inputs)
+    if steps is None or len(inputs) > SLOTS:
+        return None
+    return Chain(tuple(links), Tile(steps), tuple(inputs), rows_of(links[0].x, region), dtype)
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _reads(link: Link) -> list[torch.fx.Node]:

@@ -97,6 +97,8 @@ class Tile:
     def _check_slots(self) -> None:
         features = dict(enumerate(self.input_features))
         inputs = len(features)
+        if inputs > SLOTS:
+            raise InternalError(f"a tile program may have {SLOTS} inputs, this one has {inputs}")
         for s in self.steps:
             if isinstance(s, Keep):
                 if not inputs <= s.index < SLOTS:
@@ -369,6 +371,6 @@ def parse_form(text: str) -> Form:
 
 def _is_number(text: str) -> bool:
     try:
-        return float(text) >= 0
+        return 0 <= float(text) < 1e38 and not text.isdecimal()  # whole numbers are read as sizes
     except ValueError:
         return False

@@ -122,7 +122,8 @@ _derived: Any = WeakTensorKeyDictionary()
 def derived(weights: Sequence[Tensor], tag: str, make: Callable[[Sequence[Tensor]], Any]) -> Any:
     """Data computed from weights once (a packed layout), until one of them changes or dies.
 
-    Writing through ``weight.data`` leaves no trace in PyTorch, and is not noticed.
+    Writing through ``weight.data`` leaves no trace in PyTorch, and is not noticed; putting another
+    tensor there is.
 
     Never in a state dict: an in-place change raises the tensor's version, and the data are made
     again; a tensor without versions (made under ``inference_mode``) is never cached.
@@ -139,14 +140,15 @@ def derived(weights: Sequence[Tensor], tag: str, make: Callable[[Sequence[Tensor
     if not same or any(r() is not w for r, w in zip(found[2], weights[1:], strict=True)):
         with torch.no_grad():
             made = make([w.detach() for w in weights])
-        found = (stamps[1:], made, [weakref.ref(w) for w in weights[1:]])
+        held = [w.detach() for w in weights]  # or another storage could come to lie at its address
+        found = (stamps[1:], made, [weakref.ref(w) for w in weights[1:]], held)
         entry[1][tag] = found
     return found[1]
 
 
 def derived_bytes() -> int:
     """Bytes that packed copies of weights take now."""
-    return sum(_bytes(v) for _, made in _derived.values() for _, v, _ in made.values())
+    return sum(_bytes(v) for _, made in _derived.values() for _, v, *_ in made.values())
 
 
 def _bytes(value: object) -> int:
@@ -194,8 +196,15 @@ def _watched(tensors: Sequence[Tensor]) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return True
-    graph = torch.is_grad_enabled()
-    return any(type(t) not in _PLAIN or (graph and t.requires_grad) for t in tensors)
+    graph, batched = torch.is_grad_enabled(), torch._C._functorch.is_legacy_batchedtensor
+    return any(
+        type(t) not in _PLAIN
+        or (graph and t.requires_grad)
+        or t.is_neg()
+        or t._is_zerotensor()
+        or batched(t)
+        for t in tensors
+    )
 
 
 # ---------------------------------------------------------------------------- implementations
@@ -209,19 +218,27 @@ def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> 
     rows = x.numel() // shape[-1] if shape[-1] else 0
     kernel = kernel_for(("tile", _backend(x), program, x.dtype), rows)
     if kernel is None or rows == 0:
-        return [_fresh(tile_reference(x, weights, program, inputs[1:]), x)]
+        _check_dtypes(inputs)
+        with _own_dtype():
+            return [_fresh(tile_reference(x, weights, program, inputs[1:]), inputs)]
     features, many = _counts(program)
     if (len(inputs), len(weights), shape[-1]) != (len(features), many, features[0]):
         _check_counts(program, inputs, weights)  # raises
     if len(inputs) == 1:
         y = kernel(_flat(x, rows), weights)
     else:
+        _check_dtypes(inputs)
         others = [
             _flat(o.expand(*shape[:-1], n or o.shape[-1]), rows)
             for o, n in zip(inputs[1:], features[1:], strict=True)
         ]
         y = kernel(_flat(x, rows), weights, others)
     return [y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])]
+
+
+def _own_dtype() -> Any:
+    """An operator's dtype is its input's, whether or not a kernel is there: autocast is off."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _backend(x: Tensor) -> str:
@@ -240,19 +257,28 @@ def _dense(
     global _calls
     _calls += 1
     n, m = weight.shape if transposed else weight.shape[::-1]
+    _check_width(x, n)
     rows = x.numel() // n if n else 0
     kernel = kernel_for(("dense", _backend(x), n, m, act, x.dtype, transposed), rows)
     if kernel is None or rows == 0:
-        return _fresh(dense_reference(x, weight, bias, act, transposed), x)
+        with _own_dtype():
+            return _fresh(dense_reference(x, weight, bias, act, transposed), (x,))
     weights = (weight,) if bias is None else (weight, bias)
+    if bias is not None and bias.shape != (m,):
+        raise RuntimeError(f"structc::dense takes a bias of {m}, got {tuple(bias.shape)}")
     y = kernel(_flat(x, rows), weights)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], m)
 
 
-def _fresh(y: Tensor, x: Tensor) -> Tensor:
-    """An operator may not return its input or a view of it (a program of permutations alone)."""
+def _check_width(x: Tensor, n: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != n:
+        raise RuntimeError(f"structc::dense takes {n} features, got {tuple(x.shape)}")
+
+
+def _fresh(y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """An operator may not return an input or a view of it (a program of permutations alone)."""
     y = y.contiguous()
-    return y.clone() if y.data_ptr() == x.data_ptr() else y
+    return y.clone() if any(y.data_ptr() == x.data_ptr() for x in inputs) else y
 
 
 @functools.lru_cache(maxsize=4096)
@@ -278,9 +304,15 @@ def _check_counts(program: str, inputs: Sequence[Tensor], weights: Sequence[Tens
     )
 
 
+def _check_dtypes(inputs: Sequence[Tensor]) -> None:
+    if any(x.dtype != inputs[0].dtype for x in inputs):
+        raise RuntimeError(f"structc::tile takes one dtype, got {[x.dtype for x in inputs]}")
+
+
 def _tile_fake(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
     x, form = inputs[0], Tile.parse(program)
     _check_counts(program, inputs, weights)
+    _check_dtypes(inputs)
     return [x.new_empty(*x.shape[:-1], form.out_features)]
 
 
@@ -312,14 +344,15 @@ def _tile_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     (x, *others), weights = ctx.saved_tensors[: ctx.streams], ctx.saved_tensors[ctx.streams :]
     fast = _BACKWARDS.get(("tile", x.device.type, ctx.program, x.dtype))
-    if fast is not None and not others and x.numel() and not torch.is_grad_enabled():
+    plain = not torch.is_grad_enabled() and not _watched((*ctx.saved_tensors, grads[0]))
+    if fast is not None and plain and not others and x.numel():
         flat = grads[0].reshape(-1, grads[0].shape[-1]).contiguous()
         found = fast(x.reshape(-1, x.shape[-1]).contiguous(), weights, flat)
         if found is not None:
             return [found[0].view_as(x)], found[1], None
     leaves = _leaves(ctx.saved_tensors)
     (x, *others), weights = leaves[: ctx.streams], leaves[ctx.streams :]
-    with torch.enable_grad():
+    with torch.enable_grad(), _own_dtype():
         y = tile_reference(x, weights, ctx.program, others)
     able = [t for t in leaves if t.requires_grad]
     given = iter(torch.autograd.grad(y, able, grads[0], allow_unused=True))
@@ -335,7 +368,7 @@ def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     leaves = _leaves(ctx.saved_tensors)
     x, weight, *bias = leaves
-    with torch.enable_grad():
+    with torch.enable_grad(), _own_dtype():
         y = dense_reference(x, weight, bias[0] if bias else None, ctx.act, ctx.transposed)
     gx, gw, *gb = torch.autograd.grad(y, leaves, grad)
     return gx, gw, (gb[0] if gb else None), None, None

@@ -164,6 +164,7 @@ def fast_chains(
         progress=_named(options.progress, "chains"),
     )
     fast: set[str] = set()
+    slow: set[str] = set()  # a program is taken at all its places, or nowhere
     bindings = []
     for request, cost in found.items():
         name, refusal = str(request.form), cost if isinstance(cost, Refusal) else None
@@ -176,6 +177,7 @@ def fast_chains(
             )
         if refusal is not None:
             notes.refusals.append(replace(refusal, family="chain"))
+            slow.add(name)
             continue
         assert not isinstance(cost, Refusal)
         fast.add(name)
@@ -192,7 +194,8 @@ def fast_chains(
                 "hyper": {},
             }
         )
-    return frozenset(fast), bindings
+    fast -= slow
+    return frozenset(fast), [b for b in bindings if b["form"] in fast]
 
 
 def bind_all(

@@ -19,8 +19,8 @@ class Settings:
         log: level of the ``structc`` logger (``STRUCTC_LOG``).
         native: whether emitted kernels are used at all (``STRUCTC_NATIVE=0`` turns them off).
         compiler: the C++ compiler (``STRUCTC_CXX``, then ``CXX``, then ``g++``).
-        isa: the best instruction set that may be used (``STRUCTC_ISA``), or ``""`` for all that the
-            processor has.
+        isa: the best instruction set that kernels are written for (``STRUCTC_ISA``), or ``""`` for
+            all that the processor has.
         memory_mb: how much memory calibration may hold before it spills to disk
             (``STRUCTC_MEMORY_MB``).
     """

@@ -5,24 +5,31 @@ extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
 
 static inline void release();  // what a thread does when its share of the work is done
 
-// OpenMP's threads do not survive a fork, and a child that asks for them waits for ever.
-static bool forked = false;
+// OpenMP's threads do not survive a fork, and a child that asks for them waits for ever. Who loads the
+// library sets this in a process that is such a child already.
+extern "C" bool structc_forked;
+bool structc_forked = false;
 [[maybe_unused]] static const int watching =
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    pthread_atfork(nullptr, nullptr, [] { structc_forked = true; });
+
+template <class Body>
+static void share(int64_t begin, int64_t end, const Body& body) {
+  struct Released {
+    ~Released() { release(); }
+  } released;  // also when a task throws
+  for (int64_t task = begin; task < end; ++task) body(task);
+}
 
 template <class Body>
 static int32_t parallel(int64_t tasks, const Body& body) {
-  if (tasks == 1 || forked) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-    release();
+  if (tasks == 1 || structc_forked) {
+    share(0, tasks, body);
     return 0;
   }
   return torch_parallel_for(
       0, tasks, 1,
       [](int64_t begin, int64_t end, void* context) {
-        const Body& run = *static_cast<const Body*>(context);
-        for (int64_t task = begin; task < end; ++task) run(task);
-        release();
+        share(begin, end, *static_cast<const Body*>(context));
       },
       const_cast<void*>(static_cast<const void*>(&body)));
 }

@@ -42,9 +42,22 @@ FLAGS = (
     "-fvisibility=default",
 )
 
+NAME_LIMIT = 80
+"""Characters of a library's name before its hash: programs have no end, file names have."""
+
 _log = logging.getLogger("structc")
 _loaded: dict[str, ctypes.CDLL] = {}
 _guard = threading.Lock()
+_is_child = False
+
+
+def _after_fork() -> None:
+    """A child has none of OpenMP's threads, and nobody in it gives back what another one locked."""
+    global _guard, _is_child
+    _guard, _is_child = threading.Lock(), True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def load(name: str, source: str) -> ctypes.CDLL | Refusal:
@@ -63,9 +76,11 @@ def load(name: str, source: str) -> ctypes.CDLL | Refusal:
     key = _key(source, version)
     with _guard:  # one build at a time in this process; the file lock is for the others
         if key not in _loaded:
-            built = _load_or_build(f"{name}-{key}", source, current)
+            built = _load_or_build(f"{name[:NAME_LIMIT]}-{key}", source, current)
             if isinstance(built, Refusal):
                 return built
+            if _is_child:  # loaded after the fork: it has not seen it
+                ctypes.c_bool.in_dll(built, "structc_forked").value = True
             _loaded[key] = built
         return _loaded[key]
 
@@ -120,10 +135,10 @@ def _load_or_build(stem: str, source: str, current: settings.Settings) -> ctypes
     if isinstance(folder, Refusal):
         return folder
     library = folder / f"{stem}.so"
-    found = _open(library)
-    if found is not None:
-        return found
     try:
+        found = _open(library)
+        if found is not None:
+            return found
         with filelock.FileLock(folder / f"{stem}.lock", timeout=LOCK_LIMIT_S):
             found = _open(library)  # somebody else may have built it while we waited
             if found is not None:

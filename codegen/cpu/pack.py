@@ -78,7 +78,10 @@ class Copies:
             (weakref.ref(w, lambda _: table.pop(name, None)), w._version, w.data_ptr())
             for w in weights
         ]
-        table[name] = made = Copy(tuple(stamps), pointers, tuple(packed))
+        held = tuple(
+            w.detach() for w in weights
+        )  # no other storage comes to lie at their addresses
+        table[name] = made = Copy(tuple(stamps), pointers, (*packed, *held))
         return made
 
 
@@ -88,7 +91,7 @@ class Copy:
 
     stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]
     pointers: ctypes.Array[ctypes.c_void_p]
-    packed: tuple[Tensor, ...]
+    alive: tuple[Tensor, ...]
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
         for weight, (reference, version, pointer) in zip(weights, self.stamps, strict=True):
@@ -120,9 +123,9 @@ def prepared(
         case "sparse":
             values, rows = first, others[0]
             made.append((WEIGHT, _sparse(stage.block, panel, dtype), (values, rows)))
-            made.append((INDEX, _places(stage.block.c), tuple(others)))
+            made.append((INDEX, _places(stage), tuple(others)))
         case "listed":
-            made.append((INDEX, Prepared("listed", lambda w: w[0].long().contiguous()), (first,)))
+            made.append((INDEX, _listed(stage.block), (first,)))
     if stage.bias is not None:
         made.append((BIAS, _vector(stage.out), (stage.bias,)))
     if stage.norm is not None:
@@ -184,6 +187,8 @@ def _sparse(block: Block, width: int, dtype: torch.dtype) -> Prepared:
 
     def pack(weights: Sequence[Tensor]) -> Tensor:
         w, rows = weights
+        if w.shape != (block.d, block.b, block.c):
+            raise IndexError(f"block-sparse values are {tuple(w.shape)}, not {block.d} blocks")
         w = _filled(w) if dtype == torch.bfloat16 else w
         edges = rows.tolist()
         parts = [
@@ -196,14 +201,38 @@ def _sparse(block: Block, width: int, dtype: torch.dtype) -> Prepared:
     return Prepared(f"sparse{block}{width},{dtype}", pack)
 
 
-def _places(c: int) -> Prepared:
-    """Where the blocks of each row begin, then the first input of each block."""
+def _places(stage: Stage) -> Prepared:
+    """Where the blocks of each row begin, then the first input of each block.
+
+    Checked here, once, because a kernel reads where they say.
+    """
+    b, c, count = stage.block.b, stage.block.c, stage.block.d
 
     def pack(weights: Sequence[Tensor]) -> Tensor:
-        rows, columns = weights
-        return torch.cat([rows.long(), columns.long() * c])
+        rows, columns = (w.long().contiguous() for w in weights)
+        whole = rows.shape == (stage.out // b + 1,) and columns.shape == (count,)
+        if not whole or rows[0] != 0 or rows[-1] != count or bool((rows.diff() < 0).any()):
+            raise IndexError(f"block-sparse rows do not hold {count} blocks of {stage.out} outputs")
+        _in_range(columns, stage.run, "block-sparse columns")
+        return torch.cat([rows, columns * c])
 
-    return Prepared(f"places{c}", pack)
+    return Prepared(f"places{stage.block}{stage.out},{stage.run}", pack)
+
+
+def _listed(block: Block) -> Prepared:
+    def pack(weights: Sequence[Tensor]) -> Tensor:
+        index = weights[0].long().contiguous()
+        if index.shape != (block.b,):
+            raise IndexError(f"a selection of {block.b} features got {tuple(index.shape)} places")
+        _in_range(index, block.c, "selected features")
+        return index
+
+    return Prepared(f"listed{block}", pack)
+
+
+def _in_range(index: Tensor, size: int, what: str) -> None:
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+        raise IndexError(f"{what} are not all in 0..{size - 1}")
 
 
 def _filled(w: Tensor) -> Tensor:

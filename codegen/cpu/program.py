@@ -46,13 +46,14 @@ class Stage:
         kind: ``panel`` (a block factor with d = 1), ``strided`` (d > 1), ``woven`` (strided, its
             output shuffled), ``sparse``, ``listed`` (a selection), ``shuffle``, ``move`` (no
             factor: its input goes on to what follows).
-        block: the pattern, of several merged factors perhaps; of a sparse one a block; of the last
-            three (1, out, in, 1).
+        block: the pattern, of several merged factors perhaps; of a sparse one (1, b, c, nnz); of
+            the last three (1, out, in, 1).
         out: features.
         weights: which of the program's weights it is made of, first applied first.
         parts: their patterns, before any were merged.
         blocks: its input is read through a shuffle of so many blocks; 0 as it is.
-        run: how many features stay side by side in a shuffle that is carried out.
+        run: how many features stay side by side in a shuffle that is carried out; of a sparse
+            factor how many blocks a row of the matrix has room for.
         ordered: the shuffle before it was carried out in runs, of so many blocks.
         reads: the slot where its input is, or None: the stage before.
         bias: position of its bias among the weights.
@@ -161,9 +162,9 @@ class _Reader:
         match step:
             case Block():
                 self._block(step)
-            case Sparse(m, _, b, c, _):
+            case Sparse(m, n, b, c, nnz):
                 self._carry_out()
-                self._push("sparse", Block(1, b, c, 1), m, step.weights)
+                self._push("sparse", Block(1, b, c, nnz), m, step.weights, run=n // c)
             case Select(m, n):
                 self._carry_out()
                 self._push("listed", Block(1, m, n, 1), m, step.weights)
@@ -230,9 +231,9 @@ def _joined(last: Stage, step: Step, weight: int) -> Stage | None:
     if last.keeps is not None:
         return None
     match step:
-        case Bias() if last.bare:
+        case Bias() if last.bare and last.kind != "shuffle":
             return replace(last, bias=weight)
-        case Act(fn, _) if not last.act and not last.whole:
+        case Act(fn, _) if not last.act and not last.whole and last.kind != "shuffle":
             return replace(last, act=fn)
         case Mul(_, index) if not last.whole:
             return replace(last, mul=index)

@@ -28,14 +28,18 @@ WIDTH = 480
 """Features between the factors of samples."""
 
 
-def sample_form(spec: Spec, *, shuffles: bool = False) -> Tile:
+def sample_form(spec: Spec, *, shuffles: bool = False) -> Tile | None:
     """Odd sizes that no two factors of can be merged: every edge of the kernel is exercised.
 
     Args:
         spec: of the library.
         shuffles: whether shuffles stand before products where they can.
+
+    Returns:
+        The program, or None if it would take more slots than there are.
     """
     steps: list[Step] = []
+    slots = iter(range(1, SLOTS - 1))
     for at, word in enumerate(spec.stages):
         kind, *tail = word.split("+")
         parts = spec.wholes[at].split("+") if spec.wholes else []
@@ -48,8 +52,11 @@ def sample_form(spec: Spec, *, shuffles: bool = False) -> Tile:
         n = steps[-1].out_features if steps else WIDTH
         steps += [Bias(n)] if "bias" in tail else []
         steps += [Act(t, n) for t in tail if t != "bias"]
-        steps += [Mul(n, 1 + at)] if "mul" in parts else []
-        steps += [Add(n, 1 + at)] if "add" in parts else []
+        slot = next(slots, None) if {"mul", "add"} & set(parts) else 0
+        if slot is None:
+            return None
+        steps += [Mul(n, slot)] if "mul" in parts else []
+        steps += [Add(n, slot)] if "add" in parts else []
         steps += [Norm(n, kind, "1e-5") for kind in NORMS if kind in parts]
         if kind == "shuffle" or (kind == "move" and not tail and not any(parts)):
             steps.append(Keep(n, SLOTS - 1))

@@ -157,6 +157,30 @@ static inline void betas(const Stage& f, int64_t left, const T* x, int64_t ldx, 
     any_strip<1, TOKENS>(f, left, x, ldx, w + b * f.c * f.d, sums + b * space, apart, space);
 }
 
+// The lower, or the upper, halves of two vectors in turn. GCC before 12 knows its own word alone.
+#ifdef __clang__
+#define MIXED __builtin_shufflevector
+#define ORDER(...) __VA_ARGS__
+#else
+typedef int Lanes __attribute__((vector_size(4 * LANES)));
+#define MIXED __builtin_shuffle
+#define ORDER(...) (Lanes{__VA_ARGS__})
+#endif
+static inline Vector lower(Vector a, Vector b) {
+#ifdef __AVX512F__
+  return MIXED(a, b, ORDER(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+#else
+  return MIXED(a, b, ORDER(0, 8, 1, 9, 2, 10, 3, 11));
+#endif
+}
+static inline Vector upper(Vector a, Vector b) {
+#ifdef __AVX512F__
+  return MIXED(a, b, ORDER(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+#else
+  return MIXED(a, b, ORDER(4, 12, 5, 13, 6, 14, 7, 15));
+#endif
+}
+
 // to[i * MANY + b] = from[b][i] for a vector of i: each round interleaves halves.
 template <int MANY>
 static inline void interleave(const float* from, float* to) {
@@ -166,15 +190,8 @@ static inline void interleave(const float* from, float* to) {
   for (int round = 1; round < MANY; round *= 2) {
 #pragma GCC unroll 8
     for (int b = 0; b < MANY / 2; ++b) {
-#ifdef __AVX512F__
-      n[2 * b] = __builtin_shufflevector(v[b], v[b + MANY / 2], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5,
-                                         21, 6, 22, 7, 23);
-      n[2 * b + 1] = __builtin_shufflevector(v[b], v[b + MANY / 2], 8, 24, 9, 25, 10, 26, 11, 27, 12,
-                                             28, 13, 29, 14, 30, 15, 31);
-#else
-      n[2 * b] = __builtin_shufflevector(v[b], v[b + MANY / 2], 0, 8, 1, 9, 2, 10, 3, 11);
-      n[2 * b + 1] = __builtin_shufflevector(v[b], v[b + MANY / 2], 4, 12, 5, 13, 6, 14, 7, 15);
-#endif
+      n[2 * b] = lower(v[b], v[b + MANY / 2]);
+      n[2 * b + 1] = upper(v[b], v[b + MANY / 2]);
     }
 #pragma GCC unroll 16
     for (int b = 0; b < MANY; ++b) v[b] = n[b];
@@ -373,6 +390,8 @@ template <int N>
 static int32_t run(const Step (&steps)[N], const Whole (&wholes)[N], const Chain<N>& f,
                    const void* const* inputs, T* y, int64_t rows) {
   static thread_local Scratch own, shared;
+  if (rows <= 0) return 0;
+  if (f.inputs > SLOTS) return 3;
   if (f.split && rows <= 16 * f.tile)  // few rows: the threads share the units of each step
     return chain(steps, wholes, f, inputs, y, 0, rows, shared,
                  [](int64_t count, const auto& body) { return parallel(count, body); });

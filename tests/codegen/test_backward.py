@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from structc import ops
 from structc.codegen import lower
@@ -73,3 +74,26 @@ def test_weights_that_changed_since_are_seen() -> None:
         assert all(relative_error(g, w) < 1e-5 for g, w in zip(got, want, strict=True))
         with torch.no_grad():
             weights[1].mul_(-2.0)
+
+
+def test_gradients_under_transforms_and_tracers() -> None:
+    """What looks on goes to the reference: a kernel's output would mean nothing to it."""
+    form = PROGRAMS["monarch"]
+    (x,), weights = sample(form, 9)
+    assert lower.bind(form, torch.float32, 64, "tile[64]", {}) is None
+
+    def loss(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.ops.structc.tile([x], list(weights), str(form))[0].square().sum()
+
+    def slope(x: Tensor, *weights: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, *weights), leaf)[0]
+
+    want = slope(x, *weights)
+    traced = make_fx(slope)(x, *weights)
+    assert relative_error(traced(2 * x, *weights), slope(2 * x, *weights)) < 1e-5
+    leaf = x.clone().requires_grad_()
+    (y,) = torch.ops.structc.tile([leaf], weights, str(form))
+    rows = torch.stack([2 * y.detach(), torch.zeros_like(y)])
+    (several,) = torch.autograd.grad(y, leaf, rows, is_grads_batched=True)
+    assert relative_error(several[0], want) < 1e-5 and not several[1].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 import threading
@@ -136,6 +137,14 @@ def test_threads_build_one_library(fresh_build: Path) -> None:
     for t in threads:
         t.join()
     assert len(found) == 4 and len({id(f) for f in found}) == 1
+
+
+def test_a_child_tells_what_it_loads(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_is_child", True)
+    kernel = tile.make(FORM, {})
+    assert not isinstance(kernel, Refusal)
+    (library,) = build._loaded.values()
+    assert ctypes.c_bool.in_dll(library, "structc_forked").value
 
 
 def test_no_second_openmp(fresh_build: Path) -> None:

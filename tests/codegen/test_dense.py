@@ -135,3 +135,31 @@ def test_gradients_flow_past_kernels() -> None:
         x, w, b = (t.requires_grad_() for t in problem(16, 8, 5, torch.float32, False))
         torch.ops.structc.dense(x, w, b, "gelu", False).sum().backward()
         assert all(t.grad is not None and bool(t.grad.abs().sum() > 0) for t in (x, w, b))
+
+
+def test_other_widths_are_refused_before_a_kernel_reads() -> None:
+    form = PackedDense(16, 24)
+    assert lower.bind(form, torch.float32, 64, "tile[64]", {}) is None
+    w, b = torch.randn(24, 16), torch.randn(24)
+    for call in (ops.dense, torch.ops.structc.dense):
+        for x in (torch.randn(4, 8), torch.randn(4, 32), torch.randn(2, 8)):
+            with pytest.raises(RuntimeError, match="16 features"):
+                call(x, w, None)
+        with pytest.raises(RuntimeError, match="bias"):
+            call(torch.randn(4, 16), w, b[:5])
+        assert call(torch.randn(16), w, b).shape == (24,)
+
+
+def test_views_with_a_sign_and_autocast() -> None:
+    form = PackedDense(8, 8)
+    assert lower.bind(form, torch.float32, 64, "tile[64]", {}) is None
+    w = torch.randn(8, 8)
+    z = torch.randn(1, 8, dtype=torch.complex64)
+    x = torch._neg_view(z.real.contiguous())
+    torch.testing.assert_close(ops.dense(x, w, None), x @ w.T)
+    zero = torch._efficientzerotensor(3, 8)
+    assert not ops.dense(zero, w, None).any()
+    with torch.autocast("cpu", torch.bfloat16):
+        with_kernel = ops.dense(torch.randn(3, 8), w, None).dtype
+        ops.detach_all()
+        assert ops.dense(torch.randn(3, 8), w, None).dtype == with_kernel == torch.float32

@@ -17,6 +17,7 @@ from structc.codegen import lower
 from structc.codegen.cpu import tile
 from structc.codegen.cpu.program import Program, analyse
 from structc.codegen.cpu.samples import sample
+from structc.errors import InternalError
 from structc.forms import (
     Act,
     Add,
@@ -187,6 +188,7 @@ CHAINS = {
     "shuffle-and-strided": Tile((Block(3, 140, 13, 1), Permute(3, 140), Block(1, 6, 6, 70))),
     "shuffle-of-wide-runs": Tile((*monarch(4, 32, 2, 24, 32), Norm(48, "layer", "1e-5"))),
     "no-product": Tile((Bias(37), Act("relu", 37), Act("silu", 37), Keep(37, 1), Mul(37, 1))),
+    "bias-behind-a-shuffle": Tile((Block(4, 8, 6, 1), Permute(4, 8), Bias(32), Act("relu", 32))),
     "load-at-the-end": Tile((Keep(9, 1), Block(1, 4, 9, 1), Load(9, 1))),
     "mlp": mlp(48, 130, 10, "gelu"),
     "dense-add-layer": Tile((Block(1, 51, 38, 1), Bias(51), Add(51, 1), Norm(51, "layer", "1e-5"))),
@@ -355,6 +357,57 @@ def test_threads_that_change_and_calls_from_several_threads() -> None:
         assert torch.equal(kernel(x, weights), expected)
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda _: torch.equal(kernel(x, weights), expected), range(40)))
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "value"),
+    [
+        ("select(6,9)", 0, torch.tensor([0, 1])),
+        ("select(6,9)", 0, torch.tensor([0, 1, 2, 3, 4, 9])),
+        ("select(6,9)", 0, torch.tensor([0, 1, 2, 3, 4, -1])),
+        ("sparse(8,9,4,3,2)", 2, torch.tensor([0, 3])),
+        ("sparse(8,9,4,3,2)", 1, torch.tensor([0, 2, 1])),
+        ("sparse(8,9,4,3,2)", 1, torch.tensor([0, 3])),
+        ("sparse(8,9,4,3,2)", 0, torch.zeros(1, 4, 3)),
+    ],
+)
+def test_places_are_checked_before_a_kernel_reads_there(
+    text: str, at: int, value: torch.Tensor
+) -> None:
+    form = Tile.parse(text)
+    kernel = tile.make(form, {})
+    assert not isinstance(kernel, Refusal)
+    (x,), weights = sample(form, 3)
+    kernel(x, weights)
+    weights[at] = value
+    with pytest.raises(IndexError):
+        kernel(x, weights)
+
+
+def test_programs_of_any_length_and_no_rows() -> None:
+    steps = [s for _ in range(20) for s in (Block(1, 16, 16, 1), Bias(16), Act("relu", 16))]
+    check(Tile(tuple(steps)), {}, 9)
+    many = Tile((Block(1, 16, 16, 1), *(Add(16, i) for i in range(1, 16))))
+    refused = tile.make(many, {})
+    assert isinstance(refused, Refusal) and refused.code == "UNSERVED"
+    with pytest.raises(InternalError, match="inputs"):
+        Tile((Block(1, 16, 16, 1), *(Add(16, i) for i in range(1, 18))))
+    kernel = tile.make(Tile(low_rank(8, 5, 3)), {})
+    assert not isinstance(kernel, Refusal)
+    _, weights = sample(Tile(low_rank(8, 5, 3)), 1)
+    assert kernel(torch.zeros(0, 8), weights).shape == (0, 5)
+
+
+def test_other_storage_at_an_old_address_is_noticed() -> None:
+    form = Tile((Block(1, 96, 96, 1),))
+    kernel = tile.make(form, {})
+    assert not isinstance(kernel, Refusal)
+    x, weight = torch.eye(96), torch.nn.Parameter(torch.randn(1, 96, 96, 1))
+    for _ in range(10):
+        for _ in range(2):  # the second may lie where the first one lay
+            weight.data = torch.randn(1, 96, 96, 1)
+        with torch.no_grad():
+            assert torch.equal(kernel(x, [weight]), weight[0, :, :, 0].T)
 
 
 FORKED = """

@@ -100,8 +100,31 @@ def mixed(m: Any, x: Tensor) -> Any:
     return m.norm(m.down(F.relu(m.up(x)).cumsum(1)) + x)
 
 
+def written(m: Any, x: Tensor) -> Any:
+    h = m.up(x)
+    x.mul_(0.5)
+    y = m.norm(m.down(F.relu(h)) + x)
+    x.mul_(2.0)
+    return y
+
+
+def other_dtype(m: Any, x: Tensor) -> Any:
+    return m.down(F.relu(m.up(x))) + x.double()
+
+
+def many_terms(m: Any, x: Tensor) -> Any:
+    y = m.down(F.relu(m.up(x)))
+    for i in range(20):
+        y = y + x.roll(i, 1)
+    return y
+
+
 @pytest.mark.parametrize(
-    "forward", [read_twice, broadcast, over_two_dims, itself, other_rows, mixed]
+    "forward",
+    [
+        *(read_twice, broadcast, over_two_dims, itself, other_rows, mixed),
+        *(written, other_dtype, many_terms),
+    ],
 )
 def test_only_what_one_token_needs_is_fused(forward: Callable[[Any, Tensor], Any]) -> None:
     torch.manual_seed(1)
@@ -112,6 +135,34 @@ def test_only_what_one_token_needs_is_fused(forward: Callable[[Any, Tensor], Any
     with torch.no_grad():
         x = floats(3, 5, 12)
         assert output_error(tree(x), model(x)) < 1e-5
+
+
+class Gated(nn.Module):
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(12) if norm else nn.Identity()
+        self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y: Tensor = self.down(F.silu(self.gate(h)) * self.up(h)) + x
+        return y
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gated_mlps_are_one_program(norm: bool) -> None:
+    torch.manual_seed(2)
+    model = Gated(norm)
+    _, (chain,) = chains_of(model, floats(3, 5, 12))
+    words = [s.word for s in chain.program.steps]
+    assert words.count("block") == 3 and "mul" in words and "keep" in words and "load" in words
+    tree, count = fused(model, floats(3, 5, 12))
+    assert count == 1
+    with torch.no_grad():
+        for size in ((3, 5, 12), (7, 2, 12)):
+            x = floats(*size)
+            assert output_error(tree(x), model(x)) < 1e-5
+    assert output_error(structc.compile(model, floats(3, 5, 12))(x), model(x)) < 1e-4
 
 
 def accept_all(
