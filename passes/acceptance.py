@@ -164,7 +164,7 @@ def _raced(
     """The product in its fastest way.
 
     Inductor gets the dense layers whose own kernel is not far ahead: it merges and fuses them.
-    Chains that are far ahead of their parts are one operator for it.
+    Chains that are far ahead of their parts are one operator in another version, raced as well.
     """
     product = settled.product
     near = {
@@ -172,17 +172,17 @@ def _raced(
         for site, module in product.replaced.items()
         if isinstance(module, Dense) and dense_of(table[site]).price.speedup < AHEAD
     }
-    for_inductor = product
+    tried = [product]
     if effort != "none" and product.runners:
         left = settled.untouched | near
         if near:
-            for_inductor = lab.product(settled.plan, table, left)
-        found = [c for r in for_inductor.runners for c in find_chains(r.region, r.view)]
+            tried = [lab.product(settled.plan, table, left)]
+        found = [c for r in tried[0].runners for c in find_chains(r.region, r.view)]
         chains = fast_chains(found) if found else ()
         if chains:
-            for_inductor = lab.product(settled.plan, table, left, chains)
+            tried.append(lab.product(settled.plan, table, left, chains))
     model, example = lab.captured.tree, lab.captured.example
-    raced = race(model, example, product, for_inductor, effort, progress)
+    raced = race(model, example, product, tried, effort, progress)
     if raced.product is not product:
         # the same factors with other kernels: measured too, for it is what is returned
         error = lab.error(raced.product, "verify")

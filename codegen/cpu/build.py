@@ -184,6 +184,7 @@ def _open(library: Path) -> ctypes.CDLL | None:
         _log.warning("built kernel %s is unusable (%s); it is built again", library.name, e)
         with contextlib.suppress(OSError):
             library.unlink()
+            library.with_suffix(".ok").unlink(missing_ok=True)  # what was tested is gone
         return None
     return opened
 

@@ -147,6 +147,22 @@ def test_a_child_tells_what_it_loads(fresh_build: Path, monkeypatch: pytest.Monk
     assert ctypes.c_bool.in_dll(library, "structc_forked").value
 
 
+def test_a_library_is_tested_once(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not isinstance(tile.make(FORM, {}), Refusal)
+    (passed,) = (fresh_build / "kernels").glob("*.ok")
+    failed = Refusal("", "tile", "SELF_TEST", "asked again")
+    monkeypatch.setattr(tile, "_self_test", lambda *_: failed)
+    build.forget()
+    assert not isinstance(tile.make(FORM, {}), Refusal)
+    passed.unlink()
+    build.forget()
+    assert tile.make(FORM, {}) is failed and not passed.exists()
+    passed.with_suffix(".so").write_bytes(b"broken")
+    passed.touch()
+    build.forget()
+    assert tile.make(FORM, {}) is failed, "what was built anew was not tested"
+
+
 def test_no_second_openmp(fresh_build: Path) -> None:
     """Threads come from PyTorch's pool: the library itself brings no OpenMP runtime."""
     import subprocess
