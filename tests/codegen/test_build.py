@@ -157,7 +157,9 @@ def test_a_library_is_tested_once(fresh_build: Path, monkeypatch: pytest.MonkeyP
     passed.unlink()
     build.forget()
     assert tile.make(FORM, {}) is failed and not passed.exists()
-    passed.with_suffix(".so").write_bytes(b"broken")
+    library = passed.with_suffix(".so")
+    library.unlink()  # the process still has its pages
+    library.write_bytes(b"broken")
     passed.touch()
     build.forget()
     assert tile.make(FORM, {}) is failed, "what was built anew was not tested"
