@@ -133,6 +133,7 @@ def table(
     peaks: Peaks,
     *,
     effort: str,
+    seconds: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Each case against the best dense kernel in the same rounds.
@@ -146,7 +147,9 @@ def table(
         c: Request(c.form, c.rows, c.dtype, False, "", of="" if c.of is None else str(c.of))
         for c in wanted
     }
-    found = autotune.price(list(requests.values()), effort=effort, progress=progress)
+    found = autotune.price(
+        list(requests.values()), effort=effort, seconds=seconds, progress=progress
+    )
     return [_row(case, found[requests[case]], peaks) for case in wanted]
 
 

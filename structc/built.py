@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,7 @@ def build(
     with public_boundary():
         buckets = _rows(rows)
         act = _activation(activation)
+        _check_tensors(dtype, bias)
         family, form, dtype = _parts(family_or_form, dtype, bias, act)
         own = None if bias is None else bias.to(dtype)
         has_bias = bias is not None if family is None else family.bias is not None
@@ -139,13 +141,22 @@ def build(
 
 
 def _rows(rows: int | Sequence[int]) -> tuple[int, ...]:
-    found = (rows,) if isinstance(rows, int) else tuple(rows)
+    several = isinstance(rows, Sequence) and not isinstance(rows, str)
+    found: tuple[Any, ...] = tuple(cast(Any, rows)) if several else (rows,)
     if not found or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in found):
         raise ConfigError(
             f"build: rows must be a positive int or several, got {rows!r}",
             hint="rows is how many vectors one call multiplies: batch times length.",
         )
     return tuple(sorted(set(found)))
+
+
+def _check_tensors(dtype: object, bias: object) -> None:
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if dtype is not None and not floating:
+        raise ConfigError(f"build: dtype must be a floating torch.dtype, got {dtype!r}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise ConfigError(f"build: bias must be a tensor, got {type(bias).__name__}")
 
 
 def _activation(activation: str | None) -> str:

@@ -75,7 +75,8 @@ def _user_cache_dir() -> Path:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        known = ", ".join(filter(None, allowed))
+        raise ConfigError(f"{name} must be one of {known}, got {value!r}")
     return value
 
 

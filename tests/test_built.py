@@ -152,3 +152,21 @@ def test_dense_follows_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             op.family.u.mul_(-2)
             assert relative_error(op(x), expected(op.family, x, None, "")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": 1.5},
+        {"rows": None},
+        {"rows": "16"},
+        {"rows": (1, 2.5)},
+        {"bias": [0.0] * 48},
+        {"dtype": "bfloat16"},
+        {"dtype": torch.int8},
+    ],
+    ids=str,
+)
+def test_arguments_of_other_types_are_the_users_mistake(wrong: dict[str, Any]) -> None:
+    with pytest.raises(structc.ConfigError, match=next(iter(wrong))):
+        structc.build(low_rank(), **{"rows": 4, "effort": "none", **wrong})

@@ -172,5 +172,7 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             assert r["ratio"] == 1.0 and r["efficiency"] == pytest.approx(r["speedup"])
             assert r["gflops"] == pytest.approx(1e-6 * r["rows"] * FORM.flops / r["latency_ms"])
     assert "tiny" in run("bench", "kernels", "--rows", "8").stdout
+    assert "tiny" in run("bench", "kernels", "--rows", "8", "--effort", "60s").stdout
+    assert "effort" in run("bench", "kernels", "--rows", "8", "--effort", "soon", code=2).stderr
     assert "--rows" in run("bench", "kernels", "--rows", "8,x", code=2).stderr
     assert "--dtype" in run("bench", "kernels", "--dtype", "int4", code=2).stderr

@@ -131,7 +131,9 @@ def _kernels(
     from structc.codegen import kernel_table
     from structc.codegen import peaks as peaks_of
     from structc.hardware import target
+    from structc.options import effort_of
 
+    level, seconds = effort_of(effort)
     names = ("float32", "bfloat16") if dtype == "both" else (dtype,)
     if not set(names) <= {"float32", "bfloat16"}:
         raise ConfigError(f"--dtype must be float32, bfloat16 or both, got {dtype!r}")
@@ -144,7 +146,9 @@ def _kernels(
             peaks = peaks_of.measure()
         wanted = [c for n in names for c in kernel_table.cases(getattr(torch, n), _rows(rows))]
         with progress_bars(wanted=not no_progress) as progress:
-            found = kernel_table.table(wanted, peaks, effort=effort, progress=_one_bar(progress))
+            found = kernel_table.table(
+                wanted, peaks, effort=level, seconds=seconds, progress=_one_bar(progress)
+            )
         machine = target().to_dict()
     finally:
         torch.set_num_threads(before)
