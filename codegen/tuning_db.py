@@ -229,9 +229,16 @@ class TuningDb:
         return self._access(lambda db: _delete(db, ""), 0)
 
     def export_json(self, path: Path) -> int:
-        """Write every row as JSON; how many."""
+        """Write every row as JSON; how many.
+
+        Raises:
+            CacheError: the file cannot be written.
+        """
         rows = [{"key": key, "row": _plain(row)} for key, row in self.list()]
-        path.write_text(json.dumps({"schema": SCHEMA, "runs": rows}, indent=1))
+        try:
+            path.write_text(json.dumps({"schema": SCHEMA, "runs": rows}, indent=1))
+        except OSError as e:
+            raise CacheError(f"{path} cannot be written: {e.strerror or e}") from None
         return len(rows)
 
     def import_json(self, path: Path) -> int:

@@ -202,6 +202,11 @@ def test_export_and_import(db: TuningDb, tmp_path: Path) -> None:
     assert TuningDb(tmp_path / "third.sqlite").import_json(tmp_path / "out.json") == 0
 
 
+def test_export_to_nowhere(db: TuningDb, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="cannot be written"):
+        db.export_json(tmp_path / "no" / "such" / "folder.json")
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 99, "runs": []}', '{"schema": 1}'])
 def test_import_of_something_else(db: TuningDb, tmp_path: Path, text: str) -> None:
     (tmp_path / "in.json").write_text(text)
