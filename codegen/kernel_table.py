@@ -33,8 +33,6 @@ from structc.records import Price, Refusal
 ROWS = (1, 16, 128, 1024)
 FEW, MANY = (1, 16), (128, 1024)
 SQUARES = (384, 768, 1024, 2048)
-WIDE = (2048, 4096)
-"""Where one row is bound by the bytes of the weights."""
 SHAPES = (*((n, n) for n in SQUARES), (384, 1536), (1536, 384))
 
 

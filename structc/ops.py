@@ -211,8 +211,7 @@ def _watched(tensors: Sequence[Tensor]) -> bool:
 
 
 def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
-    global _calls
-    _calls += 1
+    count_call()
     x = inputs[0]
     shape = x.shape
     rows = x.numel() // shape[-1] if shape[-1] else 0
@@ -254,8 +253,7 @@ def _flat(x: Tensor, rows: int) -> Tensor:
 def _dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
 ) -> Tensor:
-    global _calls
-    _calls += 1
+    count_call()
     n, m = weight.shape if transposed else weight.shape[::-1]
     _check_width(x, n)
     rows = x.numel() // n if n else 0

@@ -39,12 +39,13 @@ from structc.passes.detect import detect
 from structc.passes.objective import Objectives
 from structc.passes.profile_time import time_shares
 from structc.passes.region import without_weights
-from structc.passes.rewrite import place_of
+from structc.passes.rewrite import Product, place_of
 from structc.passes.select import Table
 from structc.passes.verify import unmet_demand
 from structc.pricing import bind_all, fast_chains, in_plan, price, priced_only
 from structc.records import (
     Call,
+    Captured,
     Plan,
     Profile,
     Sites,
@@ -274,21 +275,34 @@ def _stages(
     notes.refusals += captured.refusals
     report = _report(model, sites, shares, profile, table, plan, verification, options, notes)
     dump("report", report.to_dict())
-    handle = Handle(
+    chosen = [k for k in kernels if in_plan(k, plan)]
+    chosen += [k for k in chain_kernels if k["form"] in product.chains]
+    handle = _handle(model, captured, sites, product, plan, verification, report, chosen)
+    return _met(wrap(product.tree, handle), unmet_demand(options.budget, plan, verification, table))
+
+
+def _handle(
+    model: nn.Module,
+    captured: Captured,
+    sites: Sites,
+    product: Product,
+    plan: Plan,
+    verification: Verification,
+    report: Report,
+    kernels: Sequence[dict[str, Any]],
+) -> Handle:
+    """What a product carries: enough to explain, save and load it."""
+    return Handle(
         report,
         replace(plan, words=report.explanations()),
         sites,
         tuple(without_weights(region) for region in captured.regions),
-        (
-            *(k for k in kernels if in_plan(k, plan)),
-            *(k for k in chain_kernels if k["form"] in product.chains),
-        ),
+        tuple(kernels),
         verification.runner,
         {name: place_of(product.tree, module) for name, module in product.replaced.items()},
         product.chains,
         weakref.ref(model),
     )
-    return _met(wrap(product.tree, handle), unmet_demand(options.budget, plan, verification, table))
 
 
 def _met(fast: CompiledModel, unmet: str | None) -> CompiledModel:

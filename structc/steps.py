@@ -19,6 +19,18 @@ class _Written:
         return f"{self.word}({','.join(str(getattr(self, f.name)) for f in fields(this))})"
 
 
+class _Alike(_Written):
+    """A step that gives as many features as it takes."""
+
+    n: int
+
+    @property
+    def in_features(self) -> int:
+        return self.n
+
+    out_features = in_features
+
+
 @dataclass(frozen=True)
 class Block(_Written):
     """A Kronecker-sparse factor ``I_a (x) 1_{b x c} (x) I_d``: the general block pattern.
@@ -62,22 +74,16 @@ class Permute(_Written):
 
 
 @dataclass(frozen=True)
-class Bias(_Written):
+class Bias(_Alike):
     """y = x + w, with w (n,)."""
 
     n: int
     word: ClassVar[str] = "bias"
     weights: ClassVar[int] = 1
 
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
 
 @dataclass(frozen=True)
-class Act(_Written):
+class Act(_Alike):
     """y = fn(x), elementwise over n features; fn is one of :data:`ACTIVATIONS`."""
 
     fn: str
@@ -85,15 +91,9 @@ class Act(_Written):
     word: ClassVar[str] = "act"
     weights: ClassVar[int] = 0
 
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
 
 @dataclass(frozen=True)
-class Add(_Written):
+class Add(_Alike):
     """y = x + z, with z (..., n) input ``index`` of the program; 0 is what it starts from.
 
     A residual connection.
@@ -104,15 +104,9 @@ class Add(_Written):
     word: ClassVar[str] = "add"
     weights: ClassVar[int] = 0
 
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
 
 @dataclass(frozen=True)
-class Norm(_Written):
+class Norm(_Alike):
     """Normalisation over the n features of a token.
 
     Math:    layer: y = (x - mean x) / sqrt(var x + eps) * w1 + w2;  rms: y = x / sqrt(mean x^2 +
@@ -133,15 +127,9 @@ class Norm(_Written):
         """Weight and bias, or a weight alone."""
         return 2 if self.kind == "layer" else 1
 
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
 
 @dataclass(frozen=True)
-class Mul(_Written):
+class Mul(_Alike):
     """y = x * z elementwise, with z (..., n) what slot ``index`` holds: the gate of an MLP."""
 
     n: int
@@ -149,27 +137,15 @@ class Mul(_Written):
     word: ClassVar[str] = "mul"
     weights: ClassVar[int] = 0
 
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
 
 @dataclass(frozen=True)
-class Keep(_Written):
+class Keep(_Alike):
     """Slot ``index`` holds x from here on; x goes on unchanged."""
 
     n: int
     index: int
     word: ClassVar[str] = "keep"
     weights: ClassVar[int] = 0
-
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
 
 
 @dataclass(frozen=True)
