@@ -123,7 +123,12 @@ def dense_contenders(
 
 
 def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> list[Contender]:
-    """Configurations of the emitted kernel, the most likely one first."""
+    """Configurations of the emitted kernel, the most likely one first; PyTorch's operators last.
+
+    Without a compiler, or on another processor, these are what there is: two thin products by MKL
+    are still fewer than one dense product. A chain is held against them, as its parts.
+    """
+    plain = [] if form.is_chain else [Contender("reference")]
     found: dict[tuple[tuple[str, int | str], ...], Contender] = {}
 
     def add(**config: int | str) -> None:
@@ -131,7 +136,7 @@ def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> l
         found.setdefault(tuple(full.items()), Contender("tile", full))
 
     if isinstance(analyse(form, dtype), Refusal):
-        return []
+        return plain
     height, split = _default_tile(rows), _splits(rows)[0]
     likely, *others = _widths(dtype, effort)
     add(tile=height, panel=likely, split=split)
@@ -144,7 +149,7 @@ def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> l
         add(tile=height, panel=width, split=split)
     for chosen in _splits(rows)[1:]:
         add(tile=height, panel=likely, split=chosen)
-    return list(found.values())
+    return [*found.values(), *plain]
 
 
 def spectral_contenders(form: Spectral, rows: int, effort: str) -> list[Contender]:

@@ -12,7 +12,7 @@ import torch
 from structc.families import Dense
 from structc.passes import verify as V
 from structc.passes.chains import Chain, find_chains
-from structc.passes.race import Raced, race, set_way, slower
+from structc.passes.race import Raced, lost_to, race, set_way, slower
 from structc.passes.rewrite import Product
 from structc.passes.rollback import dense_plan, milder, share_kept
 from structc.passes.select import Table, dense_of
@@ -92,6 +92,7 @@ def verify_product(
         settled, note = _given_up(lab, table, settled, latency)
         notes.append(note)
         way, latency = "modules", {**latency, "structc": latency["eager"]}
+    notes += filter(None, [lost_to(latency)])
     now, measured = settled.plan.choices, settled.measured
     verification = Verification(
         error=measured.error,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """Links each of which is read by another one alone, up to the last.
+    """Links each of which is read by others of the chain alone, up to the last.
 
     Attributes:
         links: in their order.
@@ -70,19 +70,14 @@ def find_chains(region: Region, view: torch.fx.GraphModule) -> list[Chain]:
         region: the graph and its example.
         view: the same graph over the tables of its owner.
 
-    A dataflow graph of links: an edge says that the second is the only reader of the first. Each
-    link has at most one edge out, so the connected components are trees that end in one link: a
-    path, or branches that an addition or a gate brings together.
+    The maximum fanout-free cones of the links: a link joins its readers where all of them are links
+    of one cone, so what is inside leaves it through its last link alone. That is a path, branches
+    that an addition or a gate brings together, and a residual around links of the same cone.
+    Source: Cong and Ding 1994, "FlowMap" (the term; there of logic gates).
     """
     graph = region.graph.graph
     links = {link.node: link for link in _links(graph, view)}
-    flow: nx.DiGraph[torch.fx.Node] = nx.DiGraph()
-    flow.add_nodes_from(links)
-    for link in links.values():
-        for read in _reads(link):
-            before = _through_reshapes(read)
-            if before in links and len(before.users) == 1 and link.x is not link.other:
-                flow.add_edge(before, link.node)
+    flow = _cones(links)
     for node in list(nx.topological_sort(flow)):
         # what starts a chain and is no product has nothing to be fused into
         if not flow.in_degree(node) and not isinstance(links[node].steps[0], Block):
@@ -101,27 +96,58 @@ def find_chains(region: Region, view: torch.fx.GraphModule) -> list[Chain]:
     return sorted(found, key=lambda c: order[c.links[-1].node])
 
 
+def _cones(links: Mapping[torch.fx.Node, Link]) -> nx.DiGraph[torch.fx.Node]:
+    """The links, with an edge from each to its readers where all of these are of one cone."""
+    readers: dict[torch.fx.Node, set[torch.fx.Node]] = {node: set() for node in links}
+    through: dict[torch.fx.Node, set[torch.fx.Node]] = {node: set() for node in links}
+    for link in links.values():
+        for read in _reads(link) if link.x is not link.other else ():
+            path = list(_reshapes(read))
+            if path[-1] in links:
+                readers[path[-1]].add(link.node)
+                through[path[-1]].add(path[-2] if len(path) > 1 else _entry(link))
+    flow: nx.DiGraph[torch.fx.Node] = nx.DiGraph()
+    flow.add_nodes_from(links)
+    cone: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in reversed(list(links)):  # of a graph: in topological order
+        around = {cone[reader] for reader in readers[node]}
+        inside = len(around) == 1 and through[node] == set(node.users)
+        cone[node] = around.pop() if inside else node
+        if inside:
+            flow.add_edges_from((node, reader) for reader in readers[node])
+    return flow
+
+
+def _entry(link: Link) -> torch.fx.Node:
+    """The node that takes a link's inputs: of an operator with several outputs not its output."""
+    made = link.node.args[0]
+    return made if link.node.target is operator.getitem else link.node  # type: ignore[return-value]
+
+
 def fuse(graph: torch.fx.Graph, chains: list[Chain]) -> None:
     """Put one operator in the place of each chain.
 
     rewrite:      linear -> act -> linear -> add(z) -> norm  -->  structc::tile([x, z], weights,
                   program);  act(gate(x)) * up(x) -> down  -->  structc::tile([x], weights, program)
-    Sound because: each link is read by the next one alone, and the program is their composition on
-        one token; nothing in between mixes tokens or writes to a tensor.
+    Sound because: each link is read by links of its chain alone, and the program is their
+        composition on one token; nothing in between mixes tokens or writes to a tensor.
     Skips when:   a link has other readers; sizes are not those of one token's features; dtypes
         differ; an in-place operator stands between the links; a weight is stored transposed.
     """
+    fused: dict[torch.fx.Node, torch.fx.Node] = {}
     for chain in chains:
         last = chain.links[-1].node
+        inputs = [fused.get(i, i) for i in chain.inputs]  # another chain's end is that chain now
         with graph.inserting_before(last):
             made = graph.call_function(
-                torch.ops.structc.tile.default,
-                (list(chain.inputs), chain.weights, str(chain.program)),
+                torch.ops.structc.tile.default, (inputs, chain.weights, str(chain.program))
             )
             new = graph.call_function(operator.getitem, (made, 0))
         new.meta = dict(last.meta)
         last.replace_all_uses_with(new)
-    graph.eliminate_dead_code()
+        fused[last] = new
+    # what stood between the links; torch.fx keeps any dropout for its random numbers
+    graph.eliminate_dead_code(lambda n: n.is_impure() and not _drops_nothing(n))
 
 
 # ---------------------------------------------------------------------------- links
@@ -248,17 +274,28 @@ def _depth(node: torch.fx.Node) -> int:
 
 def _through_reshapes(node: torch.fx.Node) -> torch.fx.Node:
     """What a node is a reshape of, tokens kept whole."""
+    *_, node = _reshapes(node)
+    return node
+
+
+def _reshapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """A node and what it is a reshape of, tokens kept whole, up to the value itself."""
+    yield node
     while node.target in _SAME_ROWS and _is_inert(node):
         before = node.args[0]
         assert isinstance(before, torch.fx.Node)
         if len(node.users) != 1 or _features(before) != _features(node):
-            return node
+            return
         node = before
-    return node
+        yield node
 
 
 def _is_inert(node: torch.fx.Node) -> bool:
-    return node.target is not aten.dropout.default or node.args[2] is False
+    return node.target is not aten.dropout.default or _drops_nothing(node)
+
+
+def _drops_nothing(node: torch.fx.Node) -> bool:
+    return node.target is aten.dropout.default and node.args[2] is False
 
 
 def _chain(links: list[Link], region: Region) -> Chain | None:
@@ -293,7 +330,7 @@ def _reads(link: Link) -> list[torch.fx.Node]:
 
 
 def _steps(links: list[Link], inputs: list[torch.fx.Node]) -> tuple[Any, ...] | None:
-    """The links in turn: a branch that waits for another is kept, its start is loaded again."""
+    """The links in turn: what is read later is kept, a branch's start is loaded again."""
     slots = {node: at for at, node in enumerate(inputs)}
     flowing = inputs[0]
     steps: list[Any] = []
@@ -311,9 +348,10 @@ def _steps(links: list[Link], inputs: list[torch.fx.Node]) -> tuple[Any, ...] | 
                 step = type(step)(step.n, slot)
             steps.append(step)
         flowing = link.node
-        following = links[at + 1] if at + 1 < len(links) else None
-        reads = [flowing] if following is None else _reads(following)
-        if flowing not in map(_through_reshapes, reads):
+        following = links[at + 1 : at + 2]
+        later = [r for after in links[at + 2 :] for r in _reads(after)]
+        once = not following or flowing in map(_through_reshapes, _reads(following[0]))
+        if not once or flowing in map(_through_reshapes, later):
             slots[flowing] = len(slots)
             if slots[flowing] >= SLOTS:
                 return None

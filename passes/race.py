@@ -89,6 +89,18 @@ def slower(latency: Mapping[str, Timed]) -> bool:
     return ours.latency_ms > NOISE * eager.latency_ms and ours.median_ms > eager.median_ms
 
 
+def lost_to(latency: Mapping[str, Timed]) -> str:
+    """A sentence where a compiled version of the dense model is faster than the product, or ""."""
+    ours = latency.get("structc")
+    best = min(latency, key=lambda name: latency[name].latency_ms, default="")
+    if ours is None or ours.latency_ms <= NOISE * latency[best].latency_ms:
+        return ""
+    return (
+        f"{best} runs the original in {latency[best].latency_ms:.3g} ms, this takes "
+        f"{ours.latency_ms:.3g} ms: inside this budget nothing faster was found"
+    )
+
+
 def _settled(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timed]:
     """Timings, taken again when they would give the product up: a busy machine is no reason."""
     latency = interleaved(calls, rounds=rounds, min_sample_ms=5.0)

@@ -76,7 +76,7 @@ class Built(nn.Module):
         for rows, p in sorted(self.prices.items()):
             lines.append(
                 f"{rows} rows: {p.kernel} {p.latency_ms:.3g} ms, {p.speedup:.2f}x over "
-                f"{p.baseline or 'dense'} ({p.source})"
+                f"{p.baseline or 'dense'} ({p.source}, spread {p.spread:.0%})"
             )
         return "\n".join([*lines, *(f"refused: {r.reason}" for r in self.refusals)])
 

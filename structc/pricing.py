@@ -22,10 +22,6 @@ _BASELINES = (Dense.name, LowRank.name)
 WORTH = 0.98
 """A structured form must take less than this share of the best dense time to be fitted at all."""
 
-CHAIN_WORTH = 0.9
-"""A chain must take less than this share of the time of its parts, for Inductor fuses them too:
-what stands between products, not the products."""
-
 Prices = dict[tuple[str, str, tuple[tuple[str, int], ...]], tuple[Request, Price]]
 """(site, family, hyper) -> what was asked and what it costs."""
 
@@ -168,7 +164,7 @@ def fast_chains(
     bindings = []
     for request, cost in found.items():
         name, refusal = str(request.form), cost if isinstance(cost, Refusal) else None
-        if not isinstance(cost, Refusal) and cost.latency_ms > CHAIN_WORTH * cost.baseline_ms:
+        if not isinstance(cost, Refusal) and cost.latency_ms > cost.baseline_ms:
             reason = f"{cost.latency_ms:.3g} ms, its parts take {cost.baseline_ms:.3g} ms"
             refusal = Refusal("", "chain", "NOT_FASTER", f"{name}: {reason}")
         if not isinstance(cost, Refusal) and refusal is None:

@@ -107,4 +107,4 @@ struct Chain {
 
 // The epilogue on a row of sums, and the rounding.
 template <class Tail, class To>
-static inline void finish(float* sums, int64_t cols, const float* bias, To* to);
+static inline void finish(const float* sums, int64_t cols, const float* bias, To* to);

@@ -170,9 +170,15 @@ static inline void release() {
   configured = 0;
 }
 
-// One step of 32 columns of A: sums 0 1 / 2 3 += A 4 / 5 * B 6 7.
+// One step of 32 columns of A: sums 0 1 / 2 3 += A 4 / 5 * B 6 7. The next step's B is asked for: no
+// hardware sees the rows of a tile coming, and loads of tiles wait for each other.
 template <bool LOWER, bool RIGHT>
 static inline void step32(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t width) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    __builtin_prefetch(b + (32 + 2 * i) * width, 0, 3);
+    if (RIGHT) __builtin_prefetch(b + (32 + 2 * i) * width + 32, 0, 3);
+  }
   _tile_loadd(4, a, 2 * lda);
   _tile_loadd(6, b, 4 * width);
   _tile_dpbf16ps(0, 4, 6);
@@ -227,6 +233,8 @@ static inline void by_tiles(int64_t rows, int64_t cols, const Places& places, in
     for (int64_t at = 0; at < cols; at += 32) {
       const int64_t left = least(32, cols - at);
       const uint16_t *a = A + row * lda, *b = B + 2 * at;
+      for (int64_t t = 0; t < high; ++t)  // its lines come while the tiles are busy
+        __builtin_prefetch(out + (row + t) * ldo + at, 1, 3);
       if (high > 16 && left > 16) tiles<true, true>(high, places, deep, a, lda, b, width, C);
       else if (high > 16) tiles<true, false>(high, places, deep, a, lda, b, width, C);
       else if (left > 16) tiles<false, true>(high, places, deep, a, lda, b, width, C);

@@ -57,10 +57,15 @@ def emit(spec: Spec) -> str:
 _INCLUDED = ("cmath", "cstdint", "cstdlib", "cstring", "new", "pthread.h")
 
 
+_COARSE = {(act, torch.bfloat16): f"{act}_bf16" for act in ("gelu", "gelu_tanh")}
+"""Activations that have a shorter polynomial where results are rounded to fewer bits."""
+
+
 def pieces(spec: Spec) -> list[str]:
     """The headers that a source is put together from, in their order."""
     words = {part for word in spec.stages for part in word.split("+")[1:]}
-    return ["base", DTYPES[spec.dtype], "tile", *(act for act in ACTIVATIONS if act in words)]
+    acts = [_COARSE.get((act, spec.dtype), act) for act in ACTIVATIONS if act in words]
+    return ["base", DTYPES[spec.dtype], "tile", *acts]
 
 
 def _own(spec: Spec) -> list[str]:

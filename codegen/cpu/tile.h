@@ -2,12 +2,22 @@
 // steps stays in L1 and L2.
 
 template <class Tail, class To>
-static inline void finish(float* sums, int64_t cols, const float* bias, To* to) {
-  if (Tail::any) {
+static inline void finish(const float* sums, int64_t cols, const float* bias, To* to) {
+  if (!Tail::any) return narrow(sums, cols, to);
+  constexpr int SOME = 32;  // in registers between the sum and the rounding
+  float v[SOME];
+  int64_t c = 0;
+  for (; c + SOME <= cols; c += SOME) {
 #pragma GCC ivdep
-    for (int64_t c = 0; c < cols; ++c) sums[c] = Tail::apply(Tail::bias ? sums[c] + bias[c] : sums[c]);
+    for (int i = 0; i < SOME; ++i)
+      v[i] = Tail::apply(Tail::bias ? sums[c + i] + bias[c + i] : sums[c + i]);
+    narrow(v, SOME, to + c);
   }
-  narrow(sums, cols, to);
+  if (c == cols) return;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < cols - c; ++i)
+    v[i] = Tail::apply(Tail::bias ? sums[c + i] + bias[c + i] : sums[c + i]);
+  narrow(v, cols - c, to + c);
 }
 
 // Rows of tokens somewhere, `ld` apart.

@@ -54,7 +54,10 @@ def _speed(candidate: Mapping[str, Any]) -> float:
 
 
 def _outcome(candidate: Json) -> str:
-    facts = [times(candidate["speedup"])] if candidate["speedup"] is not None else []
+    facts = []
+    if candidate["speedup"] is not None:  # each was timed beside its own run of the dense kernel
+        own, dense = ms(candidate["latency_ms"]), ms(candidate["dense_ms"])
+        facts.append(f"{dense} → {own}, {times(candidate['speedup'])}")
     if candidate["error"] is not None:
         facts.append(f"error {error(candidate)}")
     return f"{', '.join(facts)}: {candidate['why']}" if facts else str(candidate["why"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import ZOO, floats, run
+from zoo import ZOO, bert, floats, run
 
 import structc
-from structc import pricing
+from structc import forms, pricing
 from structc.inputs import to_call
 from structc.numerics import output_error
 from structc.passes.capture import capture
@@ -52,14 +53,30 @@ def test_fused_models_give_what_they_gave(name: str) -> None:
 
 
 def test_the_chains_of_a_post_norm_encoder() -> None:
-    _, found = chains_of(ZOO["bert"].model(), ZOO["bert"].call())
-    words = [[s.word for s in c.program.steps] for c in found]
-    one = ["block", "bias", "add", "norm"]
-    assert words == [one, ["block", "bias", "act", *one]] * (len(words) // 2)
+    _, found = chains_of(bert(layers=2), ZOO["bert"].call())
+    words = [" ".join(s.word for s in c.program.steps) for c in found]
+    mlp = "block bias act block bias add norm"
+    assert words == [f"block bias add norm keep {mlp}"] * len(words) and len(words) == 2
     assert all(c.program.is_chain for c in found)
-    mlp = found[1]
-    assert len(mlp.inputs) == 1 and mlp.program.steps[-2].index == 0, "its residual is its input"
-    assert mlp.rows == 2 * 7 and mlp.dtype == torch.float32
+    for chain in found:
+        added = [s.index for s in chain.program.steps if s.word == "add"]
+        kept = [s.index for s in chain.program.steps if s.word == "keep"]
+        assert len(chain.inputs) == 2 and added == [1, *kept], "a residual outside, one inside"
+        assert chain.rows == 2 * 7 and chain.dtype == torch.float32
+
+
+def test_nothing_of_a_fused_chain_is_left_behind() -> None:
+    """Two layers, so that one chain starts from the end of another; dropout between the links."""
+    captured, found = chains_of(bert(layers=2), ZOO["bert"].call())
+    product = rewrite(captured, detect(captured), {}, {str(c.program) for c in found})
+    before = Counter(n.target for r in captured.regions for n in r.graph.graph.nodes)
+    after = Counter(n.target for r in product.runners for n in r.region.graph.graph.nodes)
+    steps = Counter(type(s) for c in found for s in c.program.steps)
+    aten = torch.ops.aten
+    assert after[TILE] == len(found) == 2
+    assert after[aten.linear.default] == before[aten.linear.default] - steps[forms.Block]
+    assert after[aten.layer_norm.default] == before[aten.layer_norm.default] - steps[forms.Norm]
+    assert after[aten.gelu.default] == before[aten.gelu.default] - steps[forms.Act] == 0
 
 
 class Block(nn.Module):

@@ -1,7 +1,7 @@
 // base.h
 // bf16.h
 // tile.h
-// gelu_tanh.h
+// gelu_tanh_bf16.h
 
 struct Plain {
   static constexpr bool any = false, bias = false;
