@@ -8,6 +8,7 @@ every form at that shape, so that each price carries a baseline from the same mi
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from structc.forms import Act, Bias, Block, Form, PackedDense, Tile
 from structc.records import Price, Refusal
 
 __all__ = ["Request", "predict", "price", "tuning_key"]
+
+log = logging.getLogger("structc.autotune")
 
 EFFORTS = ("none", "recorded", "quick", "full")
 NEAR, MOST_RIVALS = 1.25, 2
@@ -203,9 +206,12 @@ class _Session:
         likely = self._likely(request)
         measurement = Measurement(self.worker, request, likely, rivals, self.effort, against)
         rows = measurement.run()
-        if any(r.effort for r in rows):
+        passing = measurement.passing()
+        if passing is not None:
+            log.warning("%s: %s; it was timed without", request.form, passing.reason)
+        elif any(r.effort for r in rows):
             self.db.put(key, rows)
-        else:
+        if not any(r.effort for r in rows):
             self.refusal = measurement.refusal()
         return rows
 

@@ -92,6 +92,14 @@ class Measurement:
         what = f"{self.request.form} in {self.request.dtype}"
         return Refusal("", "tile", "UNSERVED", f"no emitted kernel serves {what}")
 
+    def passing(self) -> Refusal | None:
+        """Why some contender was left out today that may be there tomorrow: nothing to remember.
+
+        A missing compiler, and kernels turned off, are part of the key of what is remembered.
+        """
+        codes = PASSING - {"OFF", "NO_COMPILER"}
+        return next((r for _, r in self.refused if r.code in codes), None)
+
     def _check(self, contenders: Sequence[Contender]) -> Able:
         able: Able = []
         for contender in contenders:

@@ -17,7 +17,7 @@ from structc.timing import interleaved
 
 log = logging.getLogger("structc.race")
 
-ROUNDS, WAY_ROUNDS = {"quick": 9, "full": 21}, 5
+ROUNDS, WAY_ROUNDS = {"quick": 9, "full": 21}, 7
 GAIN = 0.98
 """Inductor must take less than this share of the plain graph's time to be worth its memory."""
 NOISE, AGAIN = 1.03, 2
@@ -53,15 +53,15 @@ def race(
 ) -> Raced:
     """Choose the fastest way to run the product's regions, then time it beside the baselines.
 
-    The ways: the module tree; the regions' graphs as they are; the graphs with everything around
-    structc's operators handed to Inductor.
+    The ways: the module tree; the regions' graphs as they are, with or without chains; the graphs
+    with everything around structc's operators handed to Inductor.
 
     Args:
         model: the dense original.
         example: the call to time.
         product: how it runs without Inductor.
         for_inductor: the same values, with more dense products left to Inductor; another one that
-            has chains besides, where some are far ahead of their parts.
+            has chains besides, where some are ahead of their parts.
         effort: ``"none"`` times nothing.
     """
     if effort == "none":
@@ -116,25 +116,29 @@ def _fastest(
 ) -> tuple[Product, str]:
     if not product.runners:
         return product, "modules"
-    plain = [None] * len(product.runners)
-    ways = {
-        "graph": _way(product, example, active=True, compiled=plain),
-        "modules": _way(product, example, active=False, compiled=plain),
+    plain: list[Frozen | None] = [None] * len(product.runners)
+    ways: dict[str, tuple[Product, str, Sequence[Frozen | None]]] = {
+        "graph": (product, "graph", plain),
+        "modules": (product, "modules", plain),
     }
-    frozen = {at: _frozen(one, notes) for at, one in enumerate(for_inductor)}
-    for at, code in frozen.items():
+    for one in for_inductor:
+        chained = " with chains" if one.chains else ""
+        code = _frozen(one, notes)
         if code is not None:
-            ways[f"inductor {at}"] = _way(for_inductor[at], example, active=True, compiled=code)
-    timed = interleaved(ways, rounds=WAY_ROUNDS, min_sample_ms=5.0)
+            ways[f"inductor{chained}"] = (one, "inductor", code)
+        if chained:
+            ways[f"graph{chained}"] = (one, "graph", plain)
+    calls = {name: _way(example, *way) for name, way in ways.items()}
+    timed = interleaved(calls, rounds=WAY_ROUNDS, min_sample_ms=5.0)
     log.info("ways: %s", {name: round(t.latency_ms, 3) for name, t in timed.items()})
-    way = "graph" if timed["graph"].latency_ms <= timed["modules"].latency_ms else "modules"
-    able = [at for at, code in frozen.items() if code is not None]
-    best = min(able, key=lambda at: timed[f"inductor {at}"].latency_ms, default=None)
-    if best is not None and _beats(timed[f"inductor {best}"], timed[way]):
-        set_way(for_inductor[best], "inductor", frozen[best])
-        return for_inductor[best], "inductor"
-    set_way(product, way)
-    return product, way
+    able = sorted(ways, key=lambda name: timed[name].latency_ms)
+    best = next(name for name in able if ways[name][1] != "inductor")
+    compiled = next((name for name in able if ways[name][1] == "inductor"), None)
+    if compiled is not None and _beats(timed[compiled], timed[best]):
+        best = compiled
+    fastest, way, kept = ways[best]
+    set_way(fastest, way, kept)
+    return fastest, way
 
 
 def _beats(compiled: Timed, other: Timed) -> bool:
@@ -144,7 +148,7 @@ def _beats(compiled: Timed, other: Timed) -> bool:
     )
 
 
-def set_way(product: Product, way: str, compiled: Sequence[Frozen] | None = None) -> None:
+def set_way(product: Product, way: str, compiled: Sequence[Frozen | None] | None = None) -> None:
     """Make all regions of a product run one way."""
     for at, runner in enumerate(product.runners):
         runner.active = way != "modules"
@@ -152,13 +156,12 @@ def set_way(product: Product, way: str, compiled: Sequence[Frozen] | None = None
 
 
 def _way(
-    product: Product, example: Call, *, active: bool, compiled: Sequence[Frozen | None]
+    example: Call, product: Product, way: str, compiled: Sequence[Frozen | None]
 ) -> Callable[[], object]:
     call = caller(product.tree, example)
 
     def timed() -> object:
-        for runner, code in zip(product.runners, compiled, strict=True):
-            runner.active, runner.compiled = active, code
+        set_way(product, way, compiled)
         return call()
 
     return timed

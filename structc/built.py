@@ -14,12 +14,14 @@ from structc import ops
 from structc.boundary import public_boundary
 from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
+from structc.codegen.cpu.build import usable_compiler
 from structc.errors import ConfigError
 from structc.families import AbstractFamily, Dense
 from structc.families.base import with_epilogue
 from structc.forms import ACTIVATIONS, Form, PackedDense, Spectral, Tile, parse_form
 from structc.options import effort_of
 from structc.records import Price, Refusal
+from structc.spectral import spectral
 
 
 class Built(nn.Module):
@@ -53,16 +55,16 @@ class Built(nn.Module):
         family, bias = self.family, self.bias
         if family is not None and self._bucket(x) in self._dense_rows and not _graded(self, x):
             weight = ops.derived(family.factors(), "dense", lambda _: _multiplied_out(family))
-            return _dense(x, weight, family.bias, self.activation, False)
+            return ops.dense(x, weight, family.bias, self.activation, False)
         if family is not None:
             weights, bias = family.factors(), family.bias
         if isinstance(self.form, PackedDense):
             (weight,) = weights
             transposed = isinstance(family, Dense) and family.transposed
-            return _dense(x, weight, bias, self.form.activation, transposed)
+            return ops.dense(x, weight, bias, self.form.activation, transposed)
         if isinstance(self.form, Spectral):
             (taps,) = weights
-            return _spectral(x, taps, bias, self.form)
+            return spectral(x, taps, bias, str(self.form))
         listed = list(weights) if bias is None else [*weights, bias]
         y: Tensor = ops.tile([x], listed, str(self.form))[0]
         return y
@@ -130,7 +132,8 @@ def build(
         name, seconds = effort_of(effort)
         found = autotune.price(requests, effort=name, seconds=seconds, progress=progress)
         prices: dict[int, Price] = {}
-        refusals: list[Refusal] = []
+        compiler = "" if name == "none" else usable_compiler()
+        refusals = [compiler] if isinstance(compiler, Refusal) else []
         for r in buckets:
             ours, dense = found[wanted[r]], found[rivals[r]]
             chosen = _chosen(ours, dense, family, name, refusals)
@@ -246,16 +249,6 @@ def _is_dense(price: Price) -> bool:
 
 def _multiplied_out(family: AbstractFamily) -> Tensor:
     return family.to_dense().detach().contiguous()
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, transposed: bool) -> Tensor:
-    y: Tensor = ops.dense(x, weight, bias, act, transposed)
-    return y
-
-
-def _spectral(x: Tensor, taps: Tensor, bias: Tensor | None, form: Spectral) -> Tensor:
-    y: Tensor = torch.ops.structc.spectral(x, taps, bias, str(form))
-    return y
 
 
 def _graded(module: nn.Module, x: Tensor) -> bool:

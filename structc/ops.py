@@ -165,7 +165,7 @@ def tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> S
 
     On its way through PyTorch's dispatcher a call costs several times what a small product takes.
     """
-    if _watched((*inputs, *weights)):
+    if watched((*inputs, *weights)):
         y: Sequence[Tensor] = torch.ops.structc.tile(inputs, weights, program)
         return y
     return _tile(inputs, weights, program)
@@ -175,7 +175,7 @@ def dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
 ) -> Tensor:
     """``structc::dense``; past the dispatcher where nothing watches it."""
-    if _watched((x, weight) if bias is None else (x, weight, bias)):
+    if watched((x, weight) if bias is None else (x, weight, bias)):
         y: Tensor = torch.ops.structc.dense(x, weight, bias, act, transposed)
         return y
     return _dense(x, weight, bias, act, transposed)
@@ -184,7 +184,7 @@ def dense(
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
-def _watched(tensors: Sequence[Tensor]) -> bool:
+def watched(tensors: Sequence[Tensor]) -> bool:
     """Whether a gradient is wanted, or a mode, a transform, a tracer or a profiler looks on."""
     if (
         torch.compiler.is_compiling()
@@ -342,7 +342,7 @@ def _tile_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     (x, *others), weights = ctx.saved_tensors[: ctx.streams], ctx.saved_tensors[ctx.streams :]
     fast = _BACKWARDS.get(("tile", x.device.type, ctx.program, x.dtype))
-    plain = not torch.is_grad_enabled() and not _watched((*ctx.saved_tensors, grads[0]))
+    plain = not torch.is_grad_enabled() and not watched((*ctx.saved_tensors, grads[0]))
     if fast is not None and plain and not others and x.numel():
         flat = grads[0].reshape(-1, grads[0].shape[-1]).contiguous()
         found = fast(x.reshape(-1, x.shape[-1]).contiguous(), weights, flat)

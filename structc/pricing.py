@@ -11,6 +11,7 @@ import torch
 
 from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
+from structc.codegen.cpu import build
 from structc.errors import InternalError
 from structc.families import BY_NAME, Dense, LowRank
 from structc.forms import PackedDense, parse_form
@@ -61,6 +62,9 @@ def price(sites: Sites, options: Options, notes: Log) -> Prices:
         else:
             prices[site_name, family, hyper_key] = (request, cost)
     notes.notes += _model_note([cost for _, cost in prices.values()])
+    compiler = "" if options.effort == "none" else build.usable_compiler()
+    if isinstance(compiler, Refusal):
+        notes.notes.append(f"{compiler.reason}: structured forms run as PyTorch's operators")
     return prices
 
 

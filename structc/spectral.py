@@ -86,6 +86,14 @@ def spectral_reference(x: Tensor, taps: Tensor, bias: Tensor | None, form: str) 
     return reference.ACTIVATION[wanted.activation](y).to(x.dtype).contiguous()
 
 
+def spectral(x: Tensor, taps: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """``structc::spectral``; past the dispatcher where nothing watches it."""
+    if ops.watched((x, taps) if bias is None else (x, taps, bias)):
+        y: Tensor = torch.ops.structc.spectral(x, taps, bias, form)
+        return y
+    return _spectral(x, taps, bias, form)
+
+
 def _spectral(x: Tensor, taps: Tensor, bias: Tensor | None, form: str) -> Tensor:
     ops.count_call()
     _check(x, taps, bias, form)

@@ -170,3 +170,15 @@ def test_dense_follows_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arguments_of_other_types_are_the_users_mistake(wrong: dict[str, Any]) -> None:
     with pytest.raises(structc.ConfigError, match=next(iter(wrong))):
         structc.build(low_rank(), **{"rows": 4, "effort": "none", **wrong})
+
+
+def test_without_emitted_kernels_the_operators_of_pytorch_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STRUCTC_NATIVE", "0")
+    family = LowRank.fit(torch.randn(512, 512), rank=16)
+    op = structc.build(family, rows=64, effort="quick")
+    assert op.prices[64].kernel == "reference" and op.prices[64].speedup > 1
+    assert "STRUCTC_NATIVE=0" in repr(op)
+    x = torch.randn(64, 512)
+    assert relative_error(op(x), x.double() @ family.to_dense().double().T) < 1e-5

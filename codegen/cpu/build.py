@@ -68,9 +68,7 @@ def load(name: str, source: str) -> ctypes.CDLL | Refusal:
         source: self-contained C++.
     """
     current = settings.current()
-    if not current.native:
-        return _refuse("OFF", "emitted kernels are turned off (STRUCTC_NATIVE=0)")
-    version = compiler_version(current.compiler)
+    version = usable_compiler()
     if isinstance(version, Refusal):
         return version
     key = _key(source, version)
@@ -90,6 +88,14 @@ def forget() -> None:
     with _guard:
         _loaded.clear()
         _version_of.cache_clear()
+
+
+def usable_compiler() -> str | Refusal:
+    """The version of the compiler that builds kernels, or why none are built."""
+    current = settings.current()
+    if not current.native:
+        return _refuse("OFF", "emitted kernels are turned off (STRUCTC_NATIVE=0)")
+    return compiler_version(current.compiler)
 
 
 def compiler_version(compiler: str) -> str | Refusal:

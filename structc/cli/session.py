@@ -96,7 +96,8 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
         except (typer.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            raise typer.Exit(_failed(Interrupted("interrupted; nothing was kept"))) from None
+            reason = "interrupted; what was measured until now stays in the cache"
+            raise typer.Exit(_failed(Interrupted(reason))) from None
         except StructcError as e:
             raise typer.Exit(_failed(e)) from None
         except Exception as e:
