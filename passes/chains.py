@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structc.forms import Act, Add, Bias, Block, Keep, Load, Mul, Norm, Tile
 from structc.passes.activation import activation_of
-from structc.passes.detect import rows_of
+from structc.passes.linear_uses import rows_of
 from structc.records import Region
 from structc.steps import SLOTS
 

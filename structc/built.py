@@ -20,6 +20,7 @@ from structc.families import AbstractFamily, Dense
 from structc.families.base import with_epilogue
 from structc.forms import ACTIVATIONS, Form, PackedDense, Spectral, Tile, parse_form
 from structc.options import effort_of
+from structc.progress import progress_bars
 from structc.records import Price, Refusal
 from structc.spectral import spectral
 
@@ -58,6 +59,8 @@ class Built(nn.Module):
             return ops.dense(x, weight, family.bias, self.activation, False)
         if family is not None:
             weights, bias = family.factors(), family.bias
+        else:
+            _check_weights(self.form, weights, bias)
         if isinstance(self.form, PackedDense):
             (weight,) = weights
             transposed = isinstance(family, Dense) and family.transposed
@@ -106,7 +109,8 @@ def build(
         bias: (out_features,), added; kept, and trained, with the factors.
         activation: applied at the end: gelu, gelu_tanh, relu or silu.
         effort: as in :func:`structc.compile`.
-        progress: called with a name, how many are done, and how many there are.
+        progress: called with a name, how many are done, and how many there are; without it a
+            terminal shows a bar.
 
     Errors: :class:`ConfigError` for arguments that do not fit each other.
 
@@ -130,7 +134,9 @@ def build(
         rivals = {r: w.dense() for r, w in wanted.items()}
         requests = [*wanted.values(), *rivals.values()]
         name, seconds = effort_of(effort)
-        found = autotune.price(requests, effort=name, seconds=seconds, progress=progress)
+        with progress_bars(wanted=progress is None) as bars:
+            shown = _one_bar(bars) if progress is None else progress
+            found = autotune.price(requests, effort=name, seconds=seconds, progress=shown)
         prices: dict[int, Price] = {}
         compiler = "" if name == "none" else usable_compiler()
         refusals = [compiler] if isinstance(compiler, Refusal) else []
@@ -141,6 +147,10 @@ def build(
                 prices[r] = chosen
                 refusals += _bound(chosen, wanted[r] if chosen is ours else rivals[r], r)
         return Built(family, form, prices, refusals, None if family is not None else own, act)
+
+
+def _one_bar(bars: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    return lambda _, done, total: bars("tune", done, total)
 
 
 def _rows(rows: int | Sequence[int]) -> tuple[int, ...]:
@@ -241,6 +251,19 @@ def _bound(price: Price, request: Request, rows: int) -> list[Refusal]:
         transposed=request.transposed,
     )
     return [] if refusal is None else [refusal]
+
+
+def _check_weights(form: Form, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+    many = form.weights - (bias is not None) if isinstance(form, Tile) else 1
+    if isinstance(weights, Tensor) or len(weights) != many:
+        got = "a tensor" if isinstance(weights, Tensor) else str(len(weights))
+        raise ConfigError(
+            f"{form} takes a list of {many} weights at each call, got {got}",
+            hint="In the order of its steps; build() of fitted factors keeps them itself.",
+        )
+    size = form.out_features, form.in_features
+    if isinstance(form, PackedDense) and weights[0].shape != size:
+        raise ConfigError(f"{form} takes a weight {size}, got {tuple(weights[0].shape)}")
 
 
 def _is_dense(price: Price) -> bool:

@@ -170,3 +170,19 @@ def _is_one_call(data: tuple[Any, ...]) -> bool:
     if len(data) == 2 and isinstance(data[0], tuple) and isinstance(data[1], dict):
         return True
     return bool(data) and all(isinstance(d, Tensor) for d in data)
+
+
+def example_of(model: nn.Module, example_inputs: Any) -> Call | None:
+    """A call of the model, of its own tensors: a model may write to its inputs."""
+    example = example_call(model, example_inputs)
+    return None if example is None else clone_call(example)
+
+
+def required_example(model: nn.Module, example_inputs: Any, caller: str) -> Call:
+    example = example_of(model, example_inputs)
+    if example is None:
+        raise ConfigError(
+            f"{caller}: the model brings no example inputs of its own",
+            hint="Give example_inputs: a tensor, a tuple, a dict or (tuple, dict).",
+        )
+    return example

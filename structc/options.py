@@ -11,13 +11,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from structc import names
 from structc.boundary import check_interrupt
 from structc.budget import Budget
 from structc.codegen.autotune import EFFORTS
 from structc.errors import ConfigError
 from structc.families import BY_NAME, FAMILIES, Dense
-from structc.records import LinearSite, Refusal, Sites
+from structc.records import Call, LinearSite, Refusal, Sites
+from structc.workdir import hash_calls, hash_source, hash_tensors
 
 Progress = Callable[[str, int, int], None]
 
@@ -217,3 +220,19 @@ def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapp
         return
     for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
         yield name, hyper
+
+
+def fingerprint(model: nn.Module, calls: list[Call], options: Options) -> dict[str, str]:
+    """What finished work depends on. Nothing is hashed when nothing is kept."""
+    if options.work_dir is None:
+        return {}
+    return {
+        "model": hash_tensors({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "data": hash_calls(calls),
+        "metric": hash_source(options.budget.metric),
+        "budget": str(options.budget.to_dict()),
+        "config": str(dict(options.config)),
+        "ignore": str(options.ignore),
+        "effort": options.effort,
+        "seed": str(options.seed),
+    }

@@ -26,8 +26,8 @@ from structc.errors import (
 )
 from structc.fitting import calibrated, fitted, reached
 from structc.hardware import target
-from structc.inputs import calibration_calls, clone_call, example_call
-from structc.options import Log, Options, Progress, keep, resolve
+from structc.inputs import calibration_calls, clone_call, example_of, required_example
+from structc.options import Log, Options, Progress, fingerprint, keep, resolve
 from structc.passes import trial
 from structc.passes.acceptance import verify_product
 from structc.passes.buffers import copy_buffers, preserved_buffers
@@ -43,6 +43,7 @@ from structc.passes.rewrite import Product, place_of
 from structc.passes.select import Table
 from structc.passes.verify import unmet_demand
 from structc.pricing import bind_all, fast_chains, in_plan, price, priced_only
+from structc.progress import progress_bars
 from structc.records import (
     Call,
     Captured,
@@ -53,7 +54,7 @@ from structc.records import (
 )
 from structc.report import Report, build_report
 from structc.trace import dump
-from structc.workdir import WorkDir, hash_calls, hash_source, hash_tensors
+from structc.workdir import WorkDir
 
 log = logging.getLogger("structc")
 
@@ -95,7 +96,7 @@ def compile(
         seed: of everything that is random.
         work_dir: finished work is kept there; the same call continues after an interruption.
         verify: whether the result is measured on held-out data; only tests turn it off.
-        progress: called as ``progress(stage, done, total)``.
+        progress: called as ``progress(stage, done, total)``; without it a terminal shows bars.
 
     Returns:
         A module of the model's own class with ``report``, ``plan`` and ``save``.
@@ -109,16 +110,24 @@ def compile(
     >>> fast(torch.randn(2, 8)).shape
     torch.Size([2, 8])
     """
-    options = resolve(
-        budget=budget,
-        config=config,
-        ignore=ignore,
-        effort=effort,
-        seed=seed,
-        work_dir=work_dir,
-        verify=verify,
-        progress=progress,
-    )
+    with progress_bars(wanted=progress is None) as bars:
+        options = resolve(
+            budget=budget,
+            config=config,
+            ignore=ignore,
+            effort=effort,
+            seed=seed,
+            work_dir=work_dir,
+            verify=verify,
+            progress=bars if progress is None else progress,
+        )
+        return _compiled(model, example_inputs, calibration, options)
+
+
+def _compiled(
+    model: nn.Module, example_inputs: Any, calibration: Any, options: Options
+) -> CompiledModel:
+    """:func:`compile` with its options in order."""
     with public_boundary(options.work_dir):
         check_supported(model)
         known = handle_of(model)
@@ -130,7 +139,7 @@ def compile(
                     hint="Compile the original model again.",
                 )
             model = original
-        example = _example(model, example_inputs)
+        example = example_of(model, example_inputs)
         if example is None:
             return _deferred(model, options, calibration)
         return _convert(model, example, calibration, options)
@@ -147,7 +156,7 @@ def compile_(model: nn.Module, example_inputs: Any = None, **options: Any) -> Co
     """
     with public_boundary():
         check_supported(model)
-        example = _required_example(model, example_inputs, "compile_")
+        example = required_example(model, example_inputs, "compile_")
     fast = compile(model, example, **options)  # its own boundary; a misspelt option is a TypeError
     with public_boundary():
         handle = handle_of(fast)
@@ -170,12 +179,16 @@ def inspect(
 
     Prices are predicted (``effort="none"``) or measured on random factors.
     """
-    options = resolve(
-        budget=Budget(error=1.0), ignore=ignore, effort=effort, verify=False, progress=progress
-    )
-    with public_boundary(options.work_dir):
+    with progress_bars(wanted=progress is None) as bars, public_boundary():
+        options = resolve(
+            budget=Budget(error=1.0),
+            ignore=ignore,
+            effort=effort,
+            verify=False,
+            progress=bars if progress is None else progress,
+        )
         check_supported(model)
-        example = _required_example(model, example_inputs, "inspect")
+        example = required_example(model, example_inputs, "inspect")
         notes = Log()
         with notes.stage("capture"):
             captured = capture(model, example)
@@ -227,7 +240,7 @@ def _stages(
         captured = capture(model, example)
         options.progress("capture", 1, 1)
     dump("capture", captured)
-    work = WorkDir(options.work_dir, _fingerprint(model, [example, *calls], options))
+    work = WorkDir(options.work_dir, fingerprint(model, [example, *calls], options))
     with stage("detect"):
         sites = keep(detect(captured), options, notes)
     dump("detect", sites)
@@ -314,38 +327,6 @@ def _met(fast: CompiledModel, unmet: str | None) -> CompiledModel:
         result=fast,
         hint="The best verified model is in .result; allow more drop or error, or ask less.",
     )
-
-
-def _example(model: nn.Module, example_inputs: Any) -> Call | None:
-    """A call of the model, of its own tensors: a model may write to its inputs."""
-    example = example_call(model, example_inputs)
-    return None if example is None else clone_call(example)
-
-
-def _required_example(model: nn.Module, example_inputs: Any, caller: str) -> Call:
-    example = _example(model, example_inputs)
-    if example is None:
-        raise ConfigError(
-            f"{caller}: the model brings no example inputs of its own",
-            hint="Give example_inputs: a tensor, a tuple, a dict or (tuple, dict).",
-        )
-    return example
-
-
-def _fingerprint(model: nn.Module, calls: list[Call], options: Options) -> dict[str, str]:
-    """What finished work depends on. Nothing is hashed when nothing is kept."""
-    if options.work_dir is None:
-        return {}
-    return {
-        "model": hash_tensors({**dict(model.named_parameters()), **dict(model.named_buffers())}),
-        "data": hash_calls(calls),
-        "metric": hash_source(options.budget.metric),
-        "budget": str(options.budget.to_dict()),
-        "config": str(dict(options.config)),
-        "ignore": str(options.ignore),
-        "effort": options.effort,
-        "seed": str(options.seed),
-    }
 
 
 # ---------------------------------------------------------------------------- edges

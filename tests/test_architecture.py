@@ -24,7 +24,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("boundary", "files", "records", "numerics", "hardware", "steps"),
     ("forms",),
-    ("names", "reference", "timing", "trace"),
+    ("names", "progress", "reference", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
     ("spectral",),
     ("families", "metrics"),

@@ -182,3 +182,13 @@ def test_without_emitted_kernels_the_operators_of_pytorch_are_timed(
     assert "STRUCTC_NATIVE=0" in repr(op)
     x = torch.randn(64, 512)
     assert relative_error(op(x), x.double() @ family.to_dense().double().T) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "weights", [(), [torch.ones(2, 3)], torch.ones(4, 3), [torch.ones(4, 3)] * 2]
+)
+def test_weights_given_at_a_call_must_fit_the_form(weights: Any) -> None:
+    op = structc.build("dense(3,4,none)", rows=2, effort="none")
+    assert op(torch.ones(2, 3), [torch.ones(4, 3)]).tolist() == [[3.0] * 4] * 2
+    with pytest.raises(structc.ConfigError, match="takes a"):
+        op(torch.ones(2, 3), weights)

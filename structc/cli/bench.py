@@ -12,9 +12,10 @@ import typer
 from structc.cli import flags
 from structc.cli.check import MaybeAgainst, Rounds, saved_report
 from structc.cli.place import MANIFEST
-from structc.cli.session import Answer, command, note, progress_bars
+from structc.cli.session import Answer, command, note
 from structc.cli.timed import example_of, table, timed_rows
 from structc.errors import ConfigError
+from structc.progress import progress_bars
 
 if TYPE_CHECKING:
     from structc.codegen.peaks import Peaks

@@ -12,8 +12,9 @@ import typer
 
 from structc import settings
 from structc.cli import flags
-from structc.cli.session import Answer, command, note, progress_bars
+from structc.cli.session import Answer, command, note
 from structc.errors import ConfigError, VerificationFailed
+from structc.progress import progress_bars
 
 if TYPE_CHECKING:
     from structc.codegen.bench import Job

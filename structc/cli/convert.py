@@ -12,8 +12,9 @@ import typer
 
 from structc.cli import flags
 from structc.cli.place import FILES, Place
-from structc.cli.session import Answer, command, note, progress_bars
+from structc.cli.session import Answer, command, note
 from structc.errors import BudgetNotMet, ConfigError
+from structc.progress import progress_bars
 
 if TYPE_CHECKING:
     from structc.budget import Budget

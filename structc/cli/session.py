@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,9 @@ from structc.errors import (
     UnsupportedModel,
     VerificationFailed,
 )
+from structc.progress import console
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from structc.report import Report
 
 log = logging.getLogger("structc")
@@ -172,15 +171,7 @@ def _unexpected(error: Exception) -> int:
     return 1
 
 
-# ---------------------------------------------------------------------------- log and progress
-
-
-@functools.cache
-def console() -> Console:
-    """The one console on standard error, so that bars and log lines keep clear of each other."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+# ---------------------------------------------------------------------------- log
 
 
 def _set_up_logging(*, verbose: bool) -> None:
@@ -193,48 +184,3 @@ def _set_up_logging(*, verbose: bool) -> None:
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s", datefmt="%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(level.upper())
-
-
-_NEXT = {"price": "profile", "fit": "bind kernels", "select": "rewrite, verify, time"}
-"""What goes on, unseen, after a stage that shows its progress."""
-
-
-@contextlib.contextmanager
-def progress_bars(*, wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A function for ``progress=`` that draws one bar a stage; it draws none without a terminal."""
-    if not wanted or not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console(), transient=True) as bars:
-        task, current = bars.add_task("load, capture, detect", total=None), ""
-
-        def report(stage: str, done: int, total: int) -> None:
-            nonlocal task, current
-            if stage != current:
-                bars.remove_task(task)
-                task, current = bars.add_task(stage, total=total), stage
-            bars.update(task, completed=done, total=total)
-            if done >= total and stage in _NEXT:
-                bars.remove_task(task)
-                task, current = bars.add_task(_NEXT[stage], total=None), ""
-
-        yield report

@@ -60,7 +60,8 @@ def tune(
     if model is None:
         return Answer(data, "\n".join(lines))
     text = flags.text_options(calib, seqlen, nsamples, batch_size)
-    found = inspected(model, text, effort, ignore, trust=trust, no_progress=no_progress).to_dict()
+    report = inspected(model, text, effort, ignore, trust=trust, no_progress=no_progress)
+    found = report.to_dict()
     sites = found["sites"]
     priced = {(c["form"], s["rows"], s["dtype"]) for s in sites for c in s["candidates"]}
     faster = sum(s["fastest"] is not None for s in sites)
@@ -69,4 +70,5 @@ def tune(
         f"{len(priced)} forms priced for {len(sites)} layers, {faster} of which have a structured "
         "form that is faster than dense"
     )
+    lines += ["", str(report)]
     return Answer(data, "\n".join(lines))
