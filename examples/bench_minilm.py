@@ -2,6 +2,7 @@
 
     python examples/bench_minilm.py --data FOLDER     with stsb-en-train.csv and stsb-en-dev.csv
     python examples/bench_minilm.py                   without labels: the exact tier alone
+    python examples/bench_minilm.py --half bfloat16   each layer at half its parameters: speed alone
 
 STS-B files are rows of sentence, sentence, score without a header. Fits see the texts of training
 pairs, selection and verification see other training pairs each, the dev set is read once at the
@@ -88,6 +89,21 @@ def approximate(
     return fast, {**found, "dev_dense": dense, "dev": ours, "dev_kept": ours / dense}
 
 
+HALF = {
+    "re:.*(query|key|value|attention.output.dense)": {"family": "low_rank", "rank": 96},
+    "re:.*(intermediate.dense|layer.[0-9]+.output.dense)": {"family": "low_rank", "rank": 153},
+    "_default": None,
+}
+
+
+def half(model: nn.Module, effort: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Every layer of the encoder at half its parameters, whatever it does to the embeddings."""
+    start = time.perf_counter()
+    budget = structc.Budget(error=100.0)
+    fast = structc.compile(model, example(), budget=budget, config=HALF, effort=effort)
+    return fast, row(fast, time.perf_counter() - start)
+
+
 def row(fast: Any, seconds: float) -> dict[str, Any]:
     """What a conversion took, and what its own verification measured."""
     data = fast.report.to_dict()
@@ -115,12 +131,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with the STS-B files")
     parser.add_argument("--effort", default="quick", choices=("none", "quick", "full"))
     parser.add_argument("--max-drop", type=float, default=0.01)
+    parser.add_argument("--half", choices=("float32", "bfloat16"), help="speed alone")
     parser.add_argument("--rounds", type=int, default=31, help="of the final timing")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
     model, tokenizer = load(options.models)
-    made = {"structc, exact": exact(model, options.effort)}
-    if options.data is not None:
+    if options.half is not None:
+        model = model.to(getattr(torch, options.half))
+        made = {f"structc, {options.half}, half": half(model, options.effort)}
+    else:
+        made = {"structc, exact": exact(model, options.effort)}
+    if options.data is not None and options.half is None:
         name = f"structc, max_drop={options.max_drop:.0%}"
         made[name] = approximate(model, tokenizer, options.data, options.effort, options.max_drop)
     timed = together(model, {n: fast for n, (fast, _) in made.items()}, options.rounds)

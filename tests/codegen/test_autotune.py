@@ -106,15 +106,34 @@ def test_no_time_left(few_rounds: None, empty_db: TuningDb) -> None:
 def test_no_compiler(few_rounds: None, empty_db: TuningDb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRUCTC_CXX", "/nonexistent")
     prices = price([SMALL, DENSE], effort="quick")
-    refused, dense = prices[SMALL], prices[DENSE]
-    assert isinstance(refused, Refusal) and refused.code == "NO_COMPILER"
-    assert isinstance(dense, Price) and dense.kernel in ("aten", "onednn")
+    ours, dense = prices[SMALL], prices[DENSE]
+    assert isinstance(ours, Price) and ours.kernel == "reference" and ours.source == "measured"
+    assert isinstance(dense, Price) and dense.kernel in ("aten", "onednn", "mkl")
 
 
-def test_other_dtypes_are_refused_for_tiles(few_rounds: None, empty_db: TuningDb) -> None:
-    request = Request(LOW_RANK, 64, torch.float16, True, "gelu")
-    refused = price([request], effort="quick")[request]
-    assert isinstance(refused, Refusal) and "float16" in refused.reason
+def test_other_dtypes_run_as_the_operators_of_pytorch(few_rounds: None, empty_db: TuningDb) -> None:
+    request = Request(LOW_RANK, 64, torch.float64, True, "gelu")
+    found = price([request], effort="quick")[request]
+    assert isinstance(found, Price) and found.kernel == "reference"
+
+
+def test_what_a_failing_compiler_left_out_is_not_remembered(
+    few_rounds: None,
+    empty_db: TuningDb,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    price([DENSE], effort="quick")
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$1" in --version) echo fake 1.0;; *) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("STRUCTC_CXX", str(compiler))
+    with caplog.at_level("WARNING", logger="structc"):
+        found = price([SMALL], effort="quick")[SMALL]
+    assert isinstance(found, Price) and found.kernel == "reference"
+    assert "timed without" in caplog.text
+    assert empty_db.rows(autotune.tuning_key(SMALL)) == []
 
 
 FAULTS = {

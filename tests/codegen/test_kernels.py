@@ -305,6 +305,25 @@ def test_activation_values(act: str) -> None:
     assert odd[3].abs() < 1e-6
 
 
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_activation_values_in_bfloat16(act: str) -> None:
+    """Their own polynomials: no further from the true value than rounding and 3e-5."""
+    form = Tile((Block(1, 1, 1, 1), Act(act, 1)))
+    kernel = tile.make(form, {}, dtype=BF16)
+    assert not isinstance(kernel, Refusal)
+    one = [torch.ones(1, 1, 1, 1, dtype=BF16)]
+    x = torch.cat([torch.linspace(-30, 30, 20001), torch.logspace(-30, 4, 500)]).to(BF16)
+    x = torch.cat([x, -x])[:, None]
+    expected = reference.tile_reference(x.double(), [one[0].double()], str(form))
+    gap = (kernel(x, one).double() - expected).abs()
+    assert (gap <= 3e-5 + 2.0**-8 * expected.abs()).all()
+    small = x.abs().double() < 1e-2
+    assert (gap[small] <= 2.0**-8 * x[small].abs().double()).all()
+    odd = kernel(torch.tensor([[float("nan")], [float("inf")], [3e38], [-3e38]], dtype=BF16), one)
+    assert odd[0].isnan() and odd[1] == float("inf") and odd[2] == odd[2].new_tensor(3e38)
+    assert odd[3].abs() < 1e-4
+
+
 def test_nan_rows_stay_alone() -> None:
     """A NaN in one token reaches that token's outputs and no other's."""
     for dtype in (torch.float32, BF16):
