@@ -18,6 +18,7 @@ from structc import hardware, settings
 from structc.codegen import cost, tuning_db
 from structc.codegen.contenders import Contender, Request
 from structc.codegen.cpu import build
+from structc.codegen.cpu.program import analyse
 from structc.codegen.measure import Measurement
 from structc.codegen.tuning_db import Key, Row, TuningDb
 from structc.codegen.worker_client import Worker
@@ -142,6 +143,8 @@ class _Session:
     """Why a dense shape has no kernel, where it has none."""
     siblings: dict[tuple[object, ...], list[Row]] = field(default_factory=dict)
     refusal: Refusal = field(default_factory=lambda: _refuse("nothing was priced"))
+    left_out: dict[Request, Refusal] = field(default_factory=dict)
+    """The first refusal of a contender, where others were timed."""
 
     def price(self, request: Request) -> Price | Refusal:
         """From the database or from a measurement; the dense kernels of the shape come first."""
@@ -164,6 +167,8 @@ class _Session:
             rows = self.dense[dense]
         row = next((r for r in rows if r.effort), None)
         found = _from_row(request, row) if row is not None else self.refusal
+        if row is not None and row.kernel == "reference" and isinstance(found, Price):
+            found = replace(found, without=self.left_out.get(request) or _without(request, rows))
         # Eager PyTorch always runs: without a measurement it is what there is.
         return predict(request) if isinstance(found, Refusal) and request == dense else found
 
@@ -208,11 +213,13 @@ class _Session:
         rows = measurement.run()
         passing = measurement.passing()
         if passing is not None:
-            log.warning("%s: %s; it was timed without", request.form, passing.reason)
+            log.warning("%s is not emitted today: %s", request.form, passing.reason)
         elif any(r.effort for r in rows):
             self.db.put(key, rows)
         if not any(r.effort for r in rows):
             self.refusal = measurement.refusal()
+        elif measurement.refused:
+            self.left_out[request] = measurement.refused[0][1]
         return rows
 
     def _likely(self, request: Request) -> list[Contender]:
@@ -252,6 +259,23 @@ def _rivals(rows: Sequence[Row]) -> list[tuple[Contender, float]]:
     return [(Contender(r.kernel, r.config), r.latency_ms) for r in near]
 
 
+def _without(request: Request, rows: Sequence[Row]) -> Refusal | None:
+    """Why no emitted kernel was there to be timed, or why one of them was not."""
+    compiler = build.usable_compiler()
+    if isinstance(compiler, Refusal):
+        return compiler
+    if isinstance(request.form, Tile):
+        stages = analyse(request.form, request.dtype)
+        if isinstance(stages, Refusal):
+            return stages
+    return next((_refusal_of(r) for r in rows if r.status == "refused"), None)
+
+
+def _refusal_of(row: Row) -> Refusal:
+    code, _, reason = row.reason.partition(": ")
+    return Refusal("", row.kernel, code, reason)
+
+
 def _refuse(reason: str) -> Refusal:
     return Refusal("", "tuner", "BUDGET", reason)
 
@@ -259,8 +283,7 @@ def _refuse(reason: str) -> Refusal:
 def _from_row(request: Request, row: Row) -> Price | Refusal:
     """The price that a stored choice stands for: the same whenever it is read."""
     if row.status == "refused":
-        code, _, reason = row.reason.partition(": ")
-        return Refusal("", row.kernel, code, reason)
+        return _refusal_of(row)
     return Price(
         str(request.form),
         request.rows,

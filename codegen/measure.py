@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,8 @@ TIMING_S = 20.0
 """Rounds are cut, down to three, so that one form takes no longer."""
 TRIES, QUIET = 3, 0.25
 """A timing in which some spread is larger is repeated, so many times at most."""
+FAR = 8.0
+"""PyTorch's operators that take so many times as long as an emitted kernel are not timed."""
 SLACK = 1.25
 """A dense kernel whose timing was disturbed counts as this times what it was known to take."""
 MARGIN, DENSE_MARGIN = (0.02, 0.10), (0.05, 0.10)
@@ -68,7 +71,7 @@ class Measurement:
 
         If all are refused, and for reasons of their own, the first refusal is the choice.
         """
-        able = self._check(self.contenders)
+        able = _quick_enough(self._check(self.contenders))
         if self.effort == "full" and len(able) > KEEP:
             screened = self._time(able, SCREEN)[1]
             fast = sorted(screened, key=lambda pair: pair[1].latency_ms)[:KEEP]
@@ -166,6 +169,12 @@ class Measurement:
             baseline=base[0],
             spread=timed.spread,
         )
+
+
+def _quick_enough(able: Able) -> Able:
+    """Without PyTorch's operators where they take far longer: all would get fewer rounds."""
+    best = min((ms for c, ms in able if c.kernel != "reference"), default=math.inf)
+    return [(c, ms) for c, ms in able if c.kernel != "reference" or ms <= FAR * best]
 
 
 def _worst(timed: Sequence[Timed]) -> float:

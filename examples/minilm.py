@@ -173,7 +173,7 @@ def stages_as_lines() -> Callable[[str, int, int], None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, report, compare, save, and load again."""
     import structc
-    from structc.cli.session import progress_bars
+    from structc.progress import progress_bars
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=".models", help="folder that holds the model")

@@ -165,33 +165,34 @@ def _raced(
     """The product in its fastest way.
 
     Inductor gets the dense layers whose own kernel is not far ahead: it merges and fuses them.
-    Chains that are far ahead of their parts are one operator in another version, raced as well.
+    Chains that beat their parts are one operator in further versions, raced as well.
     """
-    product = settled.product
+    product, plan, untouched = settled.product, settled.plan, settled.untouched
     near = {
         site
         for site, module in product.replaced.items()
         if isinstance(module, Dense) and dense_of(table[site]).price.speedup < AHEAD
     }
-    tried = [product]
+    plain, for_inductor = [product], [product]
     if effort != "none" and product.runners:
-        left = settled.untouched | near
         if near:
-            tried = [lab.product(settled.plan, table, left)]
-        found = [c for r in tried[0].runners for c in find_chains(r.region, r.view)]
+            for_inductor = [lab.product(plan, table, untouched | near)]
+        whole = [c for r in product.runners for c in find_chains(r.region, r.view)]
+        found = [one for c in whole for one in (c, *c.parts)]
         chains = fast_chains(found) if found else ()
         if chains:
-            tried.append(lab.product(settled.plan, table, left, chains))
+            plain.append(lab.product(plan, table, untouched, chains))
+            for_inductor.append(lab.product(plan, table, untouched | near, chains))
     model, example = lab.captured.tree, lab.captured.example
-    raced = race(model, example, product, tried, effort, progress)
+    raced = race(model, example, plain, for_inductor, effort, progress)
     if raced.product is not product:
         # the same factors with other kernels: measured too, for it is what is returned
         error = lab.error(raced.product, "verify")
         rounding = max(V.exact_tolerance(o) for o in lab.wanted("verify"))
         if error > SAME * settled.measured.error + rounding:
-            set_way(product, "graph")
-            note = "Inductor's version was further from the original: it is not used"
-            return Raced(product, "graph", {}, (*raced.notes, note))
+            note = f"run as {raced.way} it was further from the original: that is not used"
+            alone = race(model, example, [product], [], effort, progress)
+            return replace(alone, notes=(*raced.notes, note, *alone.notes))
     if raced.product.chains:
         operator = torch.ops.structc.tile.default
         graphs = [runner.region.graph.graph for runner in raced.product.runners]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor
 
-from structc.forms import Act, Add, Bias, Block, Keep, Load, Mul, Norm, Tile
+from structc.forms import Act, Add, Bias, Block, Keep, Load, Mul, Norm, Sparse, Tile
 from structc.passes.activation import activation_of
 from structc.passes.linear_uses import rows_of
 from structc.records import Region
@@ -20,6 +20,8 @@ from structc.steps import SLOTS
 aten = torch.ops.aten
 _SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
 """Ops that leave the features of each token as they are, where their output has as many."""
+MOST_PRODUCTS = 8
+"""Weights of more would pass through the caches once for each tile of tokens."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Chain:
         program: all of them as one program.
         inputs: what it starts from, and what it reads besides.
         rows, dtype: of the example.
+        parts: shorter chains that it is made of, cut behind what several of its links read: where
+            the whole is no faster than its products, one of these may be.
     """
 
     links: tuple[Link, ...]
@@ -57,6 +61,13 @@ class Chain:
     inputs: tuple[torch.fx.Node, ...]
     rows: int
     dtype: torch.dtype
+    parts: tuple[Chain, ...] = ()
+
+    def among(self, programs: Collection[str]) -> list[Chain]:
+        """The chain if its program is one of these, else those of its parts that are."""
+        if str(self.program) in programs:
+            return [self]
+        return [part for part in self.parts if str(part.program) in programs]
 
     @property
     def weights(self) -> list[torch.fx.Node]:
@@ -84,16 +95,28 @@ def find_chains(region: Region, view: torch.fx.GraphModule) -> list[Chain]:
             flow.remove_node(node)
     order = {node: at for at, node in enumerate(graph.nodes)}
     writes = [at for node, at in order.items() if _writes(node)]
-    found = []
-    for part in nx.weakly_connected_components(flow):
-        ordered = sorted(part, key=order.__getitem__)
-        chain = _chain([links[n] for n in ordered], region)
+
+    def made(cone: Collection[torch.fx.Node]) -> Chain | None:
+        ordered = sorted(cone, key=order.__getitem__)
         # in between somebody may write to what the chain reads: it reads at its end
-        if chain is not None and not any(
-            order[ordered[0]] < w < order[ordered[-1]] for w in writes
-        ):
-            found.append(chain)
+        if any(order[ordered[0]] < w < order[ordered[-1]] for w in writes):
+            return None
+        return _chain([links[n] for n in ordered], region)
+
+    found: list[Chain] = []
+    for cone in nx.weakly_connected_components(flow):
+        whole, cut = made(cone), list(nx.weakly_connected_components(_cut(flow.subgraph(cone))))
+        parts = [part for p in cut if len(cut) > 1 and (part := made(p)) is not None]
+        found += parts if whole is None else [replace(whole, parts=tuple(parts))]
     return sorted(found, key=lambda c: order[c.links[-1].node])
+
+
+def _cut(cone: nx.DiGraph[torch.fx.Node]) -> nx.DiGraph[torch.fx.Node]:
+    """A cone without the edges from what several of its links read."""
+    several = [edge for node in cone if cone.out_degree(node) > 1 for edge in cone.out_edges(node)]
+    cut = cone.copy()
+    cut.remove_edges_from(several)
+    return cut
 
 
 def _cones(links: Mapping[torch.fx.Node, Link]) -> nx.DiGraph[torch.fx.Node]:
@@ -146,6 +169,8 @@ def fuse(graph: torch.fx.Graph, chains: list[Chain]) -> None:
         new.meta = dict(last.meta)
         last.replace_all_uses_with(new)
         fused[last] = new
+        if _writes(last):  # an activation in place: what it wrote to was the chain's own
+            graph.erase_node(last)
     # what stood between the links; torch.fx keeps any dropout for its random numbers
     graph.eliminate_dead_code(lambda n: n.is_impure() and not _drops_nothing(n))
 
@@ -317,6 +342,8 @@ def _chain(links: list[Link], region: Region) -> Chain | None:
     steps = _steps(links, inputs)
     if steps is None or len(inputs) > SLOTS:
         return None
+    if sum(isinstance(s, (Block, Sparse)) for s in steps) > 2 * MOST_PRODUCTS:
+        return None
     return Chain(tuple(links), Tile(steps), tuple(inputs), rows_of(links[0].x, region), dtype)
 
 
@@ -332,6 +359,7 @@ def _reads(link: Link) -> list[torch.fx.Node]:
 def _steps(links: list[Link], inputs: list[torch.fx.Node]) -> tuple[Any, ...] | None:
     """The links in turn: what is read later is kept, a branch's start is loaded again."""
     slots = {node: at for at, node in enumerate(inputs)}
+    free = list(range(len(inputs), SLOTS))
     flowing = inputs[0]
     steps: list[Any] = []
     for at, link in enumerate(links):
@@ -348,12 +376,14 @@ def _steps(links: list[Link], inputs: list[torch.fx.Node]) -> tuple[Any, ...] | 
                 step = type(step)(step.n, slot)
             steps.append(step)
         flowing = link.node
-        following = links[at + 1 : at + 2]
-        later = [r for after in links[at + 2 :] for r in _reads(after)]
-        once = not following or flowing in map(_through_reshapes, _reads(following[0]))
-        if not once or flowing in map(_through_reshapes, later):
-            slots[flowing] = len(slots)
-            if slots[flowing] >= SLOTS:
-                return None
-            steps.append(Keep(_features(flowing), slots[flowing]))
+        reads = [[_through_reshapes(r) for r in _reads(after)] for after in links[at + 1 :]]
+        later = {node for read in reads for node in read}
+        for node in [n for n, slot in slots.items() if slot >= len(inputs) and n not in later]:
+            free.insert(0, slots.pop(node))
+        if not reads or (reads[0].count(flowing) == 1 and all(flowing not in r for r in reads[1:])):
+            continue
+        if not free:
+            return None
+        slots[flowing] = free.pop(0)
+        steps.append(Keep(_features(flowing), slots[flowing]))
     return tuple(steps)

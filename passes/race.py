@@ -46,7 +46,7 @@ class Raced:
 def race(
     model: nn.Module,
     example: Call,
-    product: Product,
+    plain: Sequence[Product],
     for_inductor: Sequence[Product],
     effort: str,
     progress: Callable[[str, int, int], None],
@@ -59,17 +59,17 @@ def race(
     Args:
         model: the dense original.
         example: the call to time.
-        product: how it runs without Inductor.
-        for_inductor: the same values, with more dense products left to Inductor; another one that
-            has chains besides, where some are ahead of their parts.
+        plain: how it runs without Inductor; another one that has chains besides, where some are
+            ahead of their parts.
+        for_inductor: the same two, with more dense products left to Inductor.
         effort: ``"none"`` times nothing.
     """
     if effort == "none":
-        return Raced(product, "graph" if product.runners else "modules", {})
+        return Raced(plain[0], "graph" if plain[0].runners else "modules", {})
     notes: list[str] = []
     progress("baselines", 0, 3)
     start = time.monotonic()
-    product, way = _fastest(example, product, for_inductor, notes)
+    product, way = _fastest(example, plain, for_inductor, notes)
     log.info("Inductor and the choice of a way took %.1f s", time.monotonic() - start)
     progress("baselines", 1, 3)
     dense, more = baselines(model, example, compiled=True)
@@ -90,7 +90,7 @@ def slower(latency: Mapping[str, Timed]) -> bool:
 
 
 def lost_to(latency: Mapping[str, Timed]) -> str:
-    """A sentence where a compiled version of the dense model is faster than the product, or ""."""
+    """A sentence where another version of the dense model is faster than the product, or ""."""
     ours = latency.get("structc")
     best = min(latency, key=lambda name: latency[name].latency_ms, default="")
     if ours is None or ours.latency_ms <= NOISE * latency[best].latency_ms:
@@ -112,22 +112,19 @@ def _settled(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def _fastest(
-    example: Call, product: Product, for_inductor: Sequence[Product], notes: list[str]
+    example: Call, plain: Sequence[Product], for_inductor: Sequence[Product], notes: list[str]
 ) -> tuple[Product, str]:
-    if not product.runners:
-        return product, "modules"
-    plain: list[Frozen | None] = [None] * len(product.runners)
-    ways: dict[str, tuple[Product, str, Sequence[Frozen | None]]] = {
-        "graph": (product, "graph", plain),
-        "modules": (product, "modules", plain),
-    }
+    if not plain[0].runners:
+        return plain[0], "modules"
+    none: list[Frozen | None] = [None] * len(plain[0].runners)
+    ways: dict[str, tuple[Product, str, Sequence[Frozen | None]]] = {}
+    for one in plain:
+        ways[_name("graph", one)] = (one, "graph", none)
+    ways["modules"] = (plain[0], "modules", none)
     for one in for_inductor:
-        chained = " with chains" if one.chains else ""
         code = _frozen(one, notes)
         if code is not None:
-            ways[f"inductor{chained}"] = (one, "inductor", code)
-        if chained:
-            ways[f"graph{chained}"] = (one, "graph", plain)
+            ways[_name("inductor", one)] = (one, "inductor", code)
     calls = {name: _way(example, *way) for name, way in ways.items()}
     timed = interleaved(calls, rounds=WAY_ROUNDS, min_sample_ms=5.0)
     log.info("ways: %s", {name: round(t.latency_ms, 3) for name, t in timed.items()})
@@ -139,6 +136,10 @@ def _fastest(
     fastest, way, kept = ways[best]
     set_way(fastest, way, kept)
     return fastest, way
+
+
+def _name(way: str, product: Product) -> str:
+    return f"{way} with chains" if product.chains else way
 
 
 def _beats(compiled: Timed, other: Timed) -> bool:

@@ -73,7 +73,7 @@ def rewrite(
         graph = _rewrite_graph(region, tree, by_name, modules, places)
         if chains:
             rewritten = replace(region, graph=graph)
-            found = [c for c in find_chains(rewritten, graph) if str(c.program) in chains]
+            found = [c for whole in find_chains(rewritten, graph) for c in whole.among(chains)]
             fuse(graph.graph, found)
             graph = view_of(region.graph, tree.get_submodule(region.path), graph.graph)
         runners.append(install(tree.get_submodule(region.path), replace(region, graph=graph)))

@@ -14,11 +14,20 @@ from structc import ops
 from structc.boundary import public_boundary
 from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
-from structc.codegen.cpu.build import usable_compiler
 from structc.errors import ConfigError
 from structc.families import AbstractFamily, Dense
 from structc.families.base import with_epilogue
-from structc.forms import ACTIVATIONS, Form, PackedDense, Spectral, Tile, parse_form
+from structc.forms import (
+    ACTIVATIONS,
+    Bias,
+    Block,
+    Form,
+    Norm,
+    PackedDense,
+    Spectral,
+    Tile,
+    parse_form,
+)
 from structc.options import effort_of
 from structc.progress import progress_bars
 from structc.records import Price, Refusal
@@ -48,6 +57,9 @@ class Built(nn.Module):
         self.family, self.form, self.activation = family, form, activation
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.prices, self.refusals = dict(prices), tuple(refusals)
+        self._program = str(form)
+        many = form.weights - (bias is not None) if isinstance(form, Tile) else 1
+        self._shapes = _shapes(form)[:many]
         dense = isinstance(form, PackedDense)
         self._dense_rows = frozenset(r for r, p in prices.items() if _is_dense(p) and not dense)
 
@@ -60,17 +72,32 @@ class Built(nn.Module):
         if family is not None:
             weights, bias = family.factors(), family.bias
         else:
-            _check_weights(self.form, weights, bias)
+            self._check(weights)
         if isinstance(self.form, PackedDense):
             (weight,) = weights
             transposed = isinstance(family, Dense) and family.transposed
             return ops.dense(x, weight, bias, self.form.activation, transposed)
         if isinstance(self.form, Spectral):
             (taps,) = weights
-            return spectral(x, taps, bias, str(self.form))
+            return spectral(x, taps, bias, self._program)
         listed = list(weights) if bias is None else [*weights, bias]
-        y: Tensor = ops.tile([x], listed, str(self.form))[0]
+        y: Tensor = ops.tile([x], listed, self._program)[0]
         return y
+
+    def _check(self, weights: Sequence[Tensor]) -> None:
+        """Weights that came with a call are the user's: kernels read what the form says."""
+        wanted = self._shapes
+        if isinstance(weights, Tensor) or len(weights) != len(wanted):
+            got = "a tensor" if isinstance(weights, Tensor) else str(len(weights))
+            raise ConfigError(
+                f"{self._program} takes a list of {len(wanted)} weights at each call, got {got}",
+                hint="In the order of its steps; build() of fitted factors keeps them itself.",
+            )
+        for at, (weight, shapes) in enumerate(zip(weights, wanted, strict=True)):
+            if shapes and weight.shape not in shapes:
+                raise ConfigError(
+                    f"{self._program} takes a weight {at} of {shapes[0]}, got {tuple(weight.shape)}"
+                )
 
     def _bucket(self, x: Tensor) -> int:
         rows = x.numel() // max(1, x.shape[-1])
@@ -134,12 +161,11 @@ def build(
         rivals = {r: w.dense() for r, w in wanted.items()}
         requests = [*wanted.values(), *rivals.values()]
         name, seconds = effort_of(effort)
-        with progress_bars(wanted=progress is None) as bars:
+        with progress_bars(wanted=progress is None, first="tune") as bars:
             shown = _one_bar(bars) if progress is None else progress
             found = autotune.price(requests, effort=name, seconds=seconds, progress=shown)
         prices: dict[int, Price] = {}
-        compiler = "" if name == "none" else usable_compiler()
-        refusals = [compiler] if isinstance(compiler, Refusal) else []
+        refusals: list[Refusal] = []
         for r in buckets:
             ours, dense = found[wanted[r]], found[rivals[r]]
             chosen = _chosen(ours, dense, family, name, refusals)
@@ -237,6 +263,7 @@ def _chosen(
     if isinstance(ours, Refusal):
         refusals.append(ours)
         return dense if family is not None and isinstance(dense, Price) else None
+    refusals += filter(None, [ours.without])
     slower = effort != "none" and ours.latency_ms > ours.baseline_ms
     return dense if slower and family is not None and isinstance(dense, Price) else ours
 
@@ -253,17 +280,24 @@ def _bound(price: Price, request: Request, rows: int) -> list[Refusal]:
     return [] if refusal is None else [refusal]
 
 
-def _check_weights(form: Form, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-    many = form.weights - (bias is not None) if isinstance(form, Tile) else 1
-    if isinstance(weights, Tensor) or len(weights) != many:
-        got = "a tensor" if isinstance(weights, Tensor) else str(len(weights))
-        raise ConfigError(
-            f"{form} takes a list of {many} weights at each call, got {got}",
-            hint="In the order of its steps; build() of fitted factors keeps them itself.",
-        )
-    size = form.out_features, form.in_features
-    if isinstance(form, PackedDense) and weights[0].shape != size:
-        raise ConfigError(f"{form} takes a weight {size}, got {tuple(weights[0].shape)}")
+def _shapes(form: Form) -> list[tuple[tuple[int, ...], ...]]:
+    """For each weight of a form the shapes that it may have; none where any will do."""
+    if isinstance(form, PackedDense):
+        return [((form.out_features, form.in_features),)]
+    if isinstance(form, Spectral):
+        return [((form.taps,),)]
+    found: list[tuple[tuple[int, ...], ...]] = []
+    for step in form.steps:
+        match step:
+            case Block(1, b, c, 1):
+                found.append(((1, b, c, 1), (b, c)))
+            case Block(a, b, c, d):
+                found.append(((a, b, c, d), (a, b, c)) if d == 1 else ((a, b, c, d),))
+            case Bias(n) | Norm(n):
+                found += [((n,),)] * step.weights
+            case _:
+                found += [()] * step.weights
+    return found
 
 
 def _is_dense(price: Price) -> bool:

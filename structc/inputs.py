@@ -179,6 +179,7 @@ def example_of(model: nn.Module, example_inputs: Any) -> Call | None:
 
 
 def required_example(model: nn.Module, example_inputs: Any, caller: str) -> Call:
+    """As :func:`example_of`; without any it is a :class:`ConfigError` in the caller's name."""
     example = example_of(model, example_inputs)
     if example is None:
         raise ConfigError(

@@ -138,7 +138,7 @@ def derived(weights: Sequence[Tensor], tag: str, make: Callable[[Sequence[Tensor
     found = entry[1].get(tag)
     same = found is not None and found[0] == stamps[1:]
     if not same or any(r() is not w for r, w in zip(found[2], weights[1:], strict=True)):
-        with torch.no_grad():
+        with torch.no_grad(), _own_dtype():  # it stays, autocast does not
             made = make([w.detach() for w in weights])
         held = [w.detach() for w in weights]  # or another storage could come to lie at its address
         found = (stamps[1:], made, [weakref.ref(w) for w in weights[1:]], held)
@@ -211,6 +211,9 @@ def watched(tensors: Sequence[Tensor]) -> bool:
 
 
 def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
+    if torch.is_autocast_enabled("cpu"):
+        with _own_dtype():
+            return _tile(inputs, weights, program)
     count_call()
     x = inputs[0]
     shape = x.shape
@@ -218,8 +221,7 @@ def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> 
     kernel = kernel_for(("tile", _backend(x), program, x.dtype), rows)
     if kernel is None or rows == 0:
         _check_dtypes(inputs)
-        with _own_dtype():
-            return [_fresh(tile_reference(x, weights, program, inputs[1:]), inputs)]
+        return [_fresh(tile_reference(x, weights, program, inputs[1:]), inputs)]
     features, many = _counts(program)
     if (len(inputs), len(weights), shape[-1]) != (len(features), many, features[0]):
         _check_counts(program, inputs, weights)  # raises
@@ -253,14 +255,16 @@ def _flat(x: Tensor, rows: int) -> Tensor:
 def _dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
 ) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        with _own_dtype():
+            return _dense(x, weight, bias, act, transposed)
     count_call()
     n, m = weight.shape if transposed else weight.shape[::-1]
     _check_width(x, n)
     rows = x.numel() // n if n else 0
     kernel = kernel_for(("dense", _backend(x), n, m, act, x.dtype, transposed), rows)
     if kernel is None or rows == 0:
-        with _own_dtype():
-            return _fresh(dense_reference(x, weight, bias, act, transposed), (x,))
+        return _fresh(dense_reference(x, weight, bias, act, transposed), (x,))
     weights = (weight,) if bias is None else (weight, bias)
     if bias is not None and bias.shape != (m,):
         raise RuntimeError(f"structc::dense takes a bias of {m}, got {tuple(bias.shape)}")

@@ -11,7 +11,6 @@ import torch
 
 from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
-from structc.codegen.cpu import build
 from structc.errors import InternalError
 from structc.families import BY_NAME, Dense, LowRank
 from structc.forms import PackedDense, parse_form
@@ -57,14 +56,12 @@ def price(sites: Sites, options: Options, notes: Log) -> Prices:
     prices: Prices = {}
     for (site_name, family, hyper_key), request in requests.items():
         cost = found[request]
-        if isinstance(cost, Refusal):
-            notes.refusals.append(replace(cost, site=site_name, family=family))
-        else:
+        refusal = cost if isinstance(cost, Refusal) else cost.without
+        if refusal is not None:
+            notes.refusals.append(replace(refusal, site=site_name, family=family))
+        if not isinstance(cost, Refusal):
             prices[site_name, family, hyper_key] = (request, cost)
     notes.notes += _model_note([cost for _, cost in prices.values()])
-    compiler = "" if options.effort == "none" else build.usable_compiler()
-    if isinstance(compiler, Refusal):
-        notes.notes.append(f"{compiler.reason}: structured forms run as PyTorch's operators")
     return prices
 
 

@@ -25,9 +25,11 @@ _NEXT = {"price": "profile", "fit": "bind kernels", "select": "rewrite, verify, 
 
 
 @contextlib.contextmanager
-def progress_bars(*, wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars(
+    *, wanted: bool, first: str = "load, capture, detect"
+) -> Iterator[Callable[[str, int, int], None]]:
     """A function for ``progress=`` that draws one bar a stage; it draws none without a terminal."""
-    if not wanted or not sys.stderr.isatty():
+    if not wanted or not _is_terminal(sys.stderr):
         yield lambda stage, done, total: None
         return
     from rich.progress import (
@@ -49,8 +51,14 @@ def progress_bars(*, wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console(), transient=True) as bars:
-        task, current = bars.add_task("load, capture, detect", total=None), ""
+    with Progress(
+        *columns,
+        console=console(),
+        transient=True,
+        refresh_per_second=2,  # kernels are timed in this process, too
+        redirect_stdout=_is_terminal(sys.stdout),  # what the user prints stays where it goes
+    ) as bars:
+        task, current = bars.add_task(first, total=None), ""
 
         def report(stage: str, done: int, total: int) -> None:
             nonlocal task, current
@@ -63,3 +71,11 @@ def progress_bars(*, wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
                 task, current = bars.add_task(_NEXT[stage], total=None), ""
 
         yield report
+
+
+def _is_terminal(stream: object) -> bool:
+    """Whether bars may be drawn there: a stream may be closed, missing or somebody's own."""
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except (AttributeError, ValueError):
+        return False

@@ -211,6 +211,7 @@ class Price:
         spread: (upper quartile - lower quartile) / lower quartile.
         source: ``"measured"`` or ``"predicted"``.
         expected_ms: what the cost model expects of the form; 0 if it was not asked.
+        without: why no emitted kernel serves the form, where PyTorch's operators do.
     """
 
     form: str
@@ -223,6 +224,7 @@ class Price:
     spread: float
     source: str
     expected_ms: float = 0.0
+    without: Refusal | None = None
 
     @property
     def speedup(self) -> float:

@@ -47,6 +47,7 @@ NAME_LIMIT = 80
 
 _log = logging.getLogger("structc")
 _loaded: dict[str, ctypes.CDLL] = {}
+_failed: dict[str, Refusal] = {}
 _guard = threading.Lock()
 _is_child = False
 
@@ -74,8 +75,12 @@ def load(name: str, source: str) -> ctypes.CDLL | Refusal:
     key = _key(source, version)
     with _guard:  # one build at a time in this process; the file lock is for the others
         if key not in _loaded:
+            if key in _failed:  # once a process: a compiler that hangs does so each time
+                return _failed[key]
             built = _load_or_build(f"{name[:NAME_LIMIT]}-{key}", source, current)
             if isinstance(built, Refusal):
+                if built.code in ("COMPILE", "COMPILE_TIME"):
+                    _failed[key] = built
                 return built
             if _is_child:  # loaded after the fork: it has not seen it
                 ctypes.c_bool.in_dll(built, "structc_forked").value = True
@@ -87,6 +92,7 @@ def forget() -> None:
     """Load libraries anew from here on; what is loaded already stays mapped."""
     with _guard:
         _loaded.clear()
+        _failed.clear()
         _version_of.cache_clear()
 
 

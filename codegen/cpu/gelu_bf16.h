@@ -1,6 +1,7 @@
-// Exact GELU to the precision of bfloat16: as for float32, max(x, 0) - a * Q(a), with the even part of
-// (1/2 - Q(a)) / a as a polynomial in s = 2 a^2 / 4.3^2 - 1 of half the degree. Error below 2e-5
-// absolute and relative near 0; beyond 4.3 the correction is at most 2e-5. NaN stays NaN.
+// Exact GELU to 2e-5, for results that are rounded to bfloat16: as for float32, max(x, 0) - a * Q(a),
+// with (1/2 - Q(a)) / a as a polynomial in s = 2 a^2 / 4.3^2 - 1 of half the degree. The error is
+// absolute, and relative near 0 (below -3 values are that small themselves); beyond 4.3 the correction
+// is at most 2e-5. NaN stays NaN.
 static inline float gelu(float x) {
   const float size = std::fabs(x), a = size > 4.3f ? 4.3f : size;
   const float s = a * a * (2.0f / (4.3f * 4.3f)) - 1.0f;

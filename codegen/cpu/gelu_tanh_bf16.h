@@ -1,5 +1,5 @@
-// GELU by tanh to the precision of bfloat16, in the same way: s = 2 a^2 / 4.2^2 - 1. Error below 2e-5
-// absolute and relative near 0; beyond 4.2 the correction is at most 2e-5. NaN stays NaN.
+// GELU by tanh to 2e-5, in the same way: s = 2 a^2 / 4.2^2 - 1. The error is absolute, and relative near
+// 0; beyond 4.2 the correction is at most 2e-5. NaN stays NaN.
 static inline float gelu_tanh(float x) {
   const float size = std::fabs(x), a = size > 4.2f ? 4.2f : size;
   const float s = a * a * (2.0f / (4.2f * 4.2f)) - 1.0f;

@@ -95,8 +95,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
         except (typer.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            reason = "interrupted; what was measured until now stays in the cache"
-            raise typer.Exit(_failed(Interrupted(reason))) from None
+            raise typer.Exit(_failed(Interrupted("interrupted"))) from None
         except StructcError as e:
             raise typer.Exit(_failed(e)) from None
         except Exception as e:

@@ -125,6 +125,15 @@ def written(m: Any, x: Tensor) -> Any:
     return y
 
 
+def with_itself_through_dropout(m: Any, x: Tensor) -> Any:
+    h = F.relu(m.up(x))
+    return m.norm(m.down(h + F.dropout(h, 0.5, m.training)) + x)
+
+
+def ends_in_place(m: Any, x: Tensor) -> Any:
+    return (m.down(F.relu(m.up(x))) + x).relu_()
+
+
 def other_dtype(m: Any, x: Tensor) -> Any:
     return m.down(F.relu(m.up(x))) + x.double()
 
@@ -140,7 +149,7 @@ def many_terms(m: Any, x: Tensor) -> Any:
     "forward",
     [
         *(read_twice, broadcast, over_two_dims, itself, other_rows, mixed),
-        *(written, other_dtype, many_terms),
+        *(written, other_dtype, many_terms, with_itself_through_dropout, ends_in_place),
     ],
 )
 def test_only_what_one_token_needs_is_fused(forward: Callable[[Any, Tensor], Any]) -> None:
@@ -149,6 +158,60 @@ def test_only_what_one_token_needs_is_fused(forward: Callable[[Any, Tensor], Any
     tree, _ = fused(model, floats(3, 5, 12))
     for chain in chains_of(model, floats(3, 5, 12))[1]:
         assert len([s for s in chain.program.steps if s.word == "block"]) <= 2
+    with torch.no_grad():
+        x = floats(3, 5, 12)
+        assert output_error(tree(x), model(x)) < 1e-5
+
+
+def test_an_activation_in_place_at_the_end_is_fused_too() -> None:
+    model = Block(ends_in_place)
+    captured, found = chains_of(model, floats(3, 5, 12))
+    product = rewrite(captured, detect(captured), {}, {str(c.program) for c in found})
+    left = [n.target for n in product.runners[0].region.graph.graph.nodes]
+    assert left.count(TILE) == 1
+    assert torch.ops.aten.relu_.default not in left and torch.ops.aten.linear.default not in left
+
+
+class Stack(nn.Module):
+    """Residual blocks; a buffer may be written between the norm and what reads it."""
+
+    def __init__(self, count: int, *, counting: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(ends_in_place) for _ in range(count))
+        self.register_buffer("seen", torch.zeros(()))
+        self.counting = counting
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = block.norm(x + block.down(x))
+            if self.counting:
+                self.seen.add_(1)
+            x = block.norm(x + block.down(F.relu(block.up(x))))
+        return x
+
+
+class Square(Block):
+    def __init__(self) -> None:
+        super().__init__(ends_in_place)
+        self.down, self.up = nn.Linear(12, 12), nn.Linear(12, 12)
+
+
+@pytest.mark.parametrize(("count", "counting"), [(2, False), (20, False), (2, True)])
+def test_what_is_no_chain_as_a_whole_is_cut(count: int, counting: bool) -> None:
+    torch.manual_seed(3)
+    model = Stack(count, counting=counting)
+    model.blocks = nn.ModuleList(Square() for _ in range(count))
+    _, found = chains_of(model, floats(3, 5, 12))
+    products = [sum(s.word == "block" for s in c.program.steps) for c in found]
+    assert sum(products) == 3 * count, "each product is in a chain"
+    if count == 2 and not counting:
+        (whole,) = found
+        assert len(whole.parts) == 2 * count
+        assert whole.among({str(whole.program), str(whole.parts[0].program)}) == [whole]
+        assert whole.parts[0] in whole.among({str(whole.parts[0].program)})
+    tree, operators = fused(model, floats(3, 5, 12))
+    assert operators == len(found)
     with torch.no_grad():
         x = floats(3, 5, 12)
         assert output_error(tree(x), model(x)) < 1e-5
