@@ -35,6 +35,8 @@ NEAR, MOST_RIVALS = 1.25, 2
 """Dense kernels within this factor of the best are timed again beside each form."""
 HOPELESS = 1.5
 """What the cost model expects to take so many times what dense takes need not be timed."""
+IMPLAUSIBLE = 4.0
+"""A speedup of so many times what a form saves is another process's doing, not the cache's."""
 ALIKE, MOST_ALIKE = 1.1, 2
 """Configurations so near the best of one form are what a quick search tries at its siblings: forms
 of the same steps at the same dense shape, another rank say."""
@@ -211,9 +213,14 @@ class _Session:
         likely = self._likely(request)
         measurement = Measurement(self.worker, request, likely, rivals, self.effort, against)
         rows = measurement.run()
+        if _implausible(request, rows):
+            measurement = Measurement(self.worker, request, likely, rivals, self.effort, against)
+            rows = measurement.run()
         passing = measurement.passing()
         if passing is not None:
             log.warning("%s is not emitted today: %s", request.form, passing.reason)
+        elif _implausible(request, rows):
+            log.warning("%s: timings make no sense, is the machine busy? Not kept", request.form)
         elif any(r.effort for r in rows):
             self.db.put(key, rows)
         if not any(r.effort for r in rows):
@@ -243,6 +250,22 @@ def _hopeless(request: Request, dense: Request) -> Refusal | None:
         return None
     reason = f"the cost model expects {ours:.3g} ms where dense takes {theirs:.3g}: not timed"
     return Refusal("", "tuner", "PRUNED", reason)
+
+
+def _implausible(request: Request, rows: Sequence[Row]) -> bool:
+    """Whether the choice gains, or loses, far more than the form saves.
+
+    While another process holds a core, each barrier of a threaded product takes a scheduler's
+    quantum, with hardly any spread.
+    """
+    row = next((r for r in rows if r.effort and r.status == "ok"), None)
+    chain = isinstance(request.form, Tile) and request.form.is_chain
+    if row is None or chain or request == request.dense():  # eager may be slow, that is no wonder
+        return False
+    n, m, form = request.in_features, request.out_features, request.form
+    saved = max(1.0, n * m / max(1, form.flops // 2), n * m / max(1, form.params))
+    gain = row.baseline_ms / row.latency_ms
+    return gain > IMPLAUSIBLE * saved or gain * IMPLAUSIBLE**2 < 1.0
 
 
 def _kind(request: Request) -> tuple[object, ...]:

@@ -93,6 +93,12 @@ class Key:
         return _text(asdict(self))
 
 
+KERNELS = frozenset(
+    {"aten", "onednn", "mkl", "tile", "fft", "pocket", "band", "parts", "reference", "fault"}
+)
+"""Everything that was ever timed; tests time faults."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What is known about one configuration under one key.
@@ -124,6 +130,8 @@ class Row:
         numbers = (self.latency_ms, self.baseline_ms, self.spread, self.time)
         texts = (self.kernel, self.reason, self.baseline, self.effort)
         if not all(isinstance(v, str) for v in texts) or self.effort not in EFFORTS:
+            return False
+        if self.kernel not in KERNELS:
             return False
         if not all(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in numbers):
             return False
@@ -252,8 +260,11 @@ class TuningDb:
             if data["schema"] != SCHEMA:
                 raise CacheError(f"{path}: schema {data['schema']}, this version reads {SCHEMA}")
             pairs = [(_canonical(item["key"]), _row(item["row"])) for item in data["runs"]]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise CacheError(f"{path} is no export of the tuning database: {e}") from None
+        except OSError as e:
+            raise CacheError(f"{path} cannot be read: {e.strerror or e}") from None
+        except (ValueError, KeyError, TypeError) as e:
+            why = f"it has no {e}" if isinstance(e, KeyError) else str(e)
+            raise CacheError(f"{path} is no export of the tuning database: {why}") from None
         valid = [(text, row) for text, row in pairs if text is not None and row is not None]
 
         def write(db: sqlite3.Connection) -> int:
@@ -268,16 +279,21 @@ class TuningDb:
             with self._open() as db:
                 return use(db)
         except (sqlite3.OperationalError, OSError) as e:  # locked, read-only, not to be opened
-            _log.info("tuning database %s: %s", self.path, e)
             failed: Exception = e
         except (sqlite3.DatabaseError, UnicodeDecodeError) as e:
             self._move_aside(e)
-            failed = e
+            if not self.strict:
+                return miss
+            hint = "The damaged file is moved aside: the next command starts a new one."
+            raise CacheError(f"tuning database {self.path}: {e}", hint=hint) from None
+        hint = "Another process may be writing to it."
+        if isinstance(failed, OSError):
+            hint = "STRUCTC_CACHE_DIR names another folder."
         if self.strict:
-            raise CacheError(
-                f"tuning database {self.path}: {failed}",
-                hint="Another process may be writing to it; a damaged file is moved aside.",
-            )
+            raise CacheError(f"tuning database {self.path}: {failed}", hint=hint)
+        if self.path not in _warned:  # everything works, and is timed again each time
+            _warned.add(self.path)
+            _log.warning("tuning database %s: %s: nothing is remembered", self.path, failed)
         return miss
 
     @contextlib.contextmanager
@@ -362,9 +378,9 @@ def _select(db: sqlite3.Connection, where: str, *values: object) -> Iterator[tup
 
 
 def _is_older(db: sqlite3.Connection, text: str, row: Row) -> bool:
-    """Whether the same configuration, or the choice that this one would replace, is newer here."""
+    """Whether the same configuration, or the choice that this one would replace, is no older."""
     return any(
-        known.time > row.time and (_place(known) == _place(row) or (known.effort and row.effort))
+        known.time >= row.time and (_place(known) == _place(row) or (known.effort and row.effort))
         for key, known in _select(db, "WHERE key_hash = ?", _hash(text))
         if key == text
     )

@@ -65,6 +65,8 @@ class Built(nn.Module):
 
     def forward(self, x: Tensor, weights: Sequence[Tensor] = ()) -> Tensor:
         """The map; a form without a family takes its weights here, in the order of its steps."""
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            raise ConfigError(f"{self._program} takes a tensor (..., features), got {_kind(x)}")
         family, bias = self.family, self.bias
         if family is not None and self._bucket(x) in self._dense_rows and not _graded(self, x):
             weight = ops.derived(family.factors(), "dense", lambda _: _multiplied_out(family))
@@ -87,13 +89,16 @@ class Built(nn.Module):
     def _check(self, weights: Sequence[Tensor]) -> None:
         """Weights that came with a call are the user's: kernels read what the form says."""
         wanted = self._shapes
-        if isinstance(weights, Tensor) or len(weights) != len(wanted):
-            got = "a tensor" if isinstance(weights, Tensor) else str(len(weights))
+        if not isinstance(weights, (list, tuple)) or len(weights) != len(wanted):
+            listed = isinstance(weights, (list, tuple))
+            got = str(len(weights)) if listed else type(weights).__name__
             raise ConfigError(
                 f"{self._program} takes a list of {len(wanted)} weights at each call, got {got}",
                 hint="In the order of its steps; build() of fitted factors keeps them itself.",
             )
         for at, (weight, shapes) in enumerate(zip(weights, wanted, strict=True)):
+            if not isinstance(weight, Tensor):
+                raise ConfigError(f"{self._program}: weight {at} is a {type(weight).__name__}")
             if shapes and weight.shape not in shapes:
                 raise ConfigError(
                     f"{self._program} takes a weight {at} of {shapes[0]}, got {tuple(weight.shape)}"
@@ -106,9 +111,10 @@ class Built(nn.Module):
     def extra_repr(self) -> str:
         lines = [str(self.form)]
         for rows, p in sorted(self.prices.items()):
+            how = p.source if p.source != "measured" else f"measured, spread {p.spread:.0%}"
             lines.append(
                 f"{rows} rows: {p.kernel} {p.latency_ms:.3g} ms, {p.speedup:.2f}x over "
-                f"{p.baseline or 'dense'} ({p.source}, spread {p.spread:.0%})"
+                f"{p.baseline or 'dense'} ({how})"
             )
         return "\n".join([*lines, *(f"refused: {r.reason}" for r in self.refusals)])
 
@@ -123,11 +129,12 @@ def build(
     effort: str | float = "quick",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Built:
-    """A tuned callable for one matrix, never slower than the best dense product known.
+    """A tuned callable for one matrix; of fitted factors never slower than the best dense product.
 
-    Where the structured form loses at some number of rows, the dense matrix runs there instead
-    (unless a gradient is wanted: the factors train). Other numbers of rows run by the nearest one
-    above, else by the largest.
+    Where fitted factors lose at some number of rows, the dense matrix runs there instead (unless a
+    gradient is wanted: the factors train). A form takes its weights at each call: it always runs,
+    and the speedup that the result prints tells whether it should. Other numbers of rows run by the
+    nearest one above, else by the largest.
 
     Args:
         family_or_form: fitted factors, or a form (or its text) that takes its weights at each call.
@@ -230,18 +237,32 @@ def _parts(
     try:
         form = parse_form(given) if isinstance(given, str) else given
     except Exception as e:
-        raise ConfigError(f"build: {e}", hint="str() of a form gives a text that is one.") from None
+        raise ConfigError(
+            f"build: {e}",
+            hint="Steps have no spaces inside and single ones between (docs/kernels.md).",
+        ) from None
     if not isinstance(form, (Tile, PackedDense, Spectral)):
         raise ConfigError(
             f"build: expected a family, a form or its text, got {type(given).__name__}",
             hint="structc.families.LowRank.fit(weight, rank=...) gives a family.",
         )
+    _check_form(form)
     _check_bias(bias, form.out_features)
     if isinstance(form, Tile):
         form = with_epilogue(form, bias=bias is not None, activation=act)
     else:
         form = dataclasses.replace(form, activation=act or form.activation)
     return None, form, dtype or torch.float32
+
+
+def _check_form(form: Form) -> None:
+    if min(form.in_features, form.out_features) < 1:
+        raise ConfigError(f"build: {form} has no features")
+    if isinstance(form, Tile) and len(form.input_features) > 1:
+        raise ConfigError(
+            f"build: {form} reads {len(form.input_features)} inputs, a call has one",
+            hint="Slot 0 is the input; keep(n,slot) fills another one.",
+        )
 
 
 def _check_bias(bias: Tensor | None, out_features: int) -> None:
@@ -298,6 +319,10 @@ def _shapes(form: Form) -> list[tuple[tuple[int, ...], ...]]:
             case _:
                 found += [()] * step.weights
     return found
+
+
+def _kind(x: object) -> str:
+    return "one without dimensions" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _is_dense(price: Price) -> bool:

@@ -226,3 +226,19 @@ def test_no_terminal_no_bars(stream: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert op(torch.ones(2, 3), [torch.ones(4, 3)]).shape == (2, 4)
     fast = structc.compile(nn.Sequential(nn.Linear(3, 4)), torch.ones(2, 3), effort="none")
     assert fast(torch.ones(2, 3)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["block(0,1,1,1)", "block(1,8,8,1) add(8,3)", "block(1, 8, 8, 1)", "block(1,8,8,1)  bias(8)"],
+)
+def test_forms_that_make_no_sense_are_refused(form: str) -> None:
+    with pytest.raises(ConfigError, match="build:"):
+        structc.build(form, rows=2, effort="none")
+
+
+@pytest.mark.parametrize("x", [None, 3, torch.ones(()), [[1.0]]])
+def test_what_is_no_batch_of_vectors_is_refused(x: Any) -> None:
+    op = structc.build(LowRank.fit(torch.randn(4, 4), rank=1), rows=2, effort="none")
+    with pytest.raises(ConfigError, match="takes a tensor"):
+        op(x)

@@ -123,7 +123,7 @@ def import_(file: File, as_json: flags.AsJson = False, verbose: flags.Verbose = 
     database = _database()
     count = database.import_json(file)
     here = sum(_from_here(key) for key, _ in database.list())
-    text = f"{count} rows added from {file}; {here} rows here are of this machine and version"
+    text = f"{count} new rows from {file}; {here} rows here are of this machine and version"
     return Answer({"file": str(file), "rows": count, "usable": here}, text)
 
 

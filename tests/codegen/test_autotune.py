@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,25 @@ def test_a_disturbed_baseline_promises_nothing(empty_db: TuningDb) -> None:
     spread = 0.02  # slow but steady: everything beside it was as slow
     rows = measure.Measurement(busy, SMALL, tried, rivals, "quick").run()
     assert {r.baseline_ms for r in rows} == {8.0}
+
+
+def test_a_speedup_that_no_kernel_can_have_is_not_kept(
+    few_rounds: None,
+    empty_db: TuningDb,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another process holds a core: each barrier of the dense kernel takes a quantum, steadily."""
+    price([DENSE], effort="quick")
+    honest, runs = measure.Measurement.run, []
+
+    def stalled(self: measure.Measurement) -> list[Any]:
+        runs.append(self.request)
+        return [replace(r, baseline_ms=100 * r.latency_ms) for r in honest(self)]
+
+    monkeypatch.setattr(measure.Measurement, "run", stalled)
+    with caplog.at_level("WARNING", logger="structc"):
+        found = price([SMALL], effort="quick")[SMALL]
+    assert isinstance(found, Price) and len(runs) == 2, "it is measured again first"
+    assert "is the machine busy" in caplog.text
+    assert empty_db.rows(autotune.tuning_key(SMALL)) == []
