@@ -175,8 +175,8 @@ def test_a_demand_that_quality_does_not_allow_carries_the_best_model(
 
         times = {n: Timed(t, t, 0.0, 9) for n, t in (("eager", 2.0), ("structc", 1.0))}
 
-        def race(model: Any, example: Any, product: Any, *_: Any) -> Raced:
-            return Raced(product, "graph", times)
+        def race(model: Any, example: Any, plain: Any, *_: Any) -> Raced:
+            return Raced(plain[0], "graph", times)
 
         monkeypatch.setattr("structc.passes.acceptance.race", race)
     model = mlp()
