@@ -20,7 +20,7 @@ from structc.steps import SLOTS
 aten = torch.ops.aten
 _SAME_ROWS = (aten.view.default, aten.reshape.default, aten.dropout.default, aten.detach.default)
 """Ops that leave the features of each token as they are, where their output has as many."""
-MOST_PRODUCTS = 8
+MOST_FACTORS = 16
 """Weights of more would pass through the caches once for each tile of tokens."""
 
 
@@ -342,7 +342,7 @@ def _chain(links: list[Link], region: Region) -> Chain | None:
     steps = _steps(links, inputs)
     if steps is None or len(inputs) > SLOTS:
         return None
-    if sum(isinstance(s, (Block, Sparse)) for s in steps) > 2 * MOST_PRODUCTS:
+    if sum(isinstance(s, (Block, Sparse)) for s in steps) > MOST_FACTORS:
         return None
     return Chain(tuple(links), Tile(steps), tuple(inputs), rows_of(links[0].x, region), dtype)
 

@@ -68,16 +68,17 @@ def rewrite(
         places[name] = site.module or _adopt(tree, site, module)
     leaves = {by_name[n].module: m for n, m in modules.items() if by_name[n].module}
     replace_modules(tree, leaves)
-    runners = []
+    runners, used = [], set()
     for region in captured.regions:
         graph = _rewrite_graph(region, tree, by_name, modules, places)
         if chains:
             rewritten = replace(region, graph=graph)
             found = [c for whole in find_chains(rewritten, graph) for c in whole.among(chains)]
             fuse(graph.graph, found)
+            used |= {str(c.program) for c in found}
             graph = view_of(region.graph, tree.get_submodule(region.path), graph.graph)
         runners.append(install(tree.get_submodule(region.path), replace(region, graph=graph)))
-    return Product(tree, tuple(runners), dict(modules), frozenset(chains))
+    return Product(tree, tuple(runners), dict(modules), frozenset(used))
 
 
 def _adopt(tree: nn.Module, site: LinearSite, module: AbstractFamily) -> str:

@@ -29,7 +29,7 @@ from structc.forms import (
     parse_form,
 )
 from structc.options import effort_of
-from structc.progress import progress_bars
+from structc.progress import named, progress_bars
 from structc.records import Price, Refusal
 from structc.spectral import spectral
 
@@ -169,7 +169,7 @@ def build(
         requests = [*wanted.values(), *rivals.values()]
         name, seconds = effort_of(effort)
         with progress_bars(wanted=progress is None, first="tune") as bars:
-            shown = _one_bar(bars) if progress is None else progress
+            shown = named(bars, "tune") if progress is None else progress
             found = autotune.price(requests, effort=name, seconds=seconds, progress=shown)
         prices: dict[int, Price] = {}
         refusals: list[Refusal] = []
@@ -180,10 +180,6 @@ def build(
                 prices[r] = chosen
                 refusals += _bound(chosen, wanted[r] if chosen is ours else rivals[r], r)
         return Built(family, form, prices, refusals, None if family is not None else own, act)
-
-
-def _one_bar(bars: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    return lambda _, done, total: bars("tune", done, total)
 
 
 def _rows(rows: int | Sequence[int]) -> tuple[int, ...]:

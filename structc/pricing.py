@@ -14,8 +14,9 @@ from structc.codegen.autotune import Request
 from structc.errors import InternalError
 from structc.families import BY_NAME, Dense, LowRank
 from structc.forms import PackedDense, parse_form
-from structc.options import Log, Options, Progress, forced, proposals
+from structc.options import Log, Options, forced, proposals
 from structc.passes.chains import Chain
+from structc.progress import named
 from structc.records import Candidate, LinearSite, Plan, Price, Refusal, Sites
 
 _BASELINES = (Dense.name, LowRank.name)
@@ -51,7 +52,7 @@ def price(sites: Sites, options: Options, notes: Log) -> Prices:
         effort=options.effort,
         seconds=options.seconds,
         prune=options.effort == "quick" and not _asked_for(sites, options),
-        progress=_named(options.progress, "price"),
+        progress=named(options.progress, "price"),
     )
     prices: Prices = {}
     for (site_name, family, hyper_key), request in requests.items():
@@ -158,7 +159,7 @@ def fast_chains(
         sorted(requests, key=lambda r: str(r.form)),
         effort=options.effort,
         seconds=options.seconds,
-        progress=_named(options.progress, "chains"),
+        progress=named(options.progress, "chains"),
     )
     fast: set[str] = set()
     slow: set[str] = set()  # a program is taken at all its places, or nowhere
@@ -256,10 +257,6 @@ def in_plan(binding: Mapping[str, Any], plan: Plan) -> bool:
 
 def _frozen(hyper: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(hyper.items())
-
-
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda _, done, total: progress(name, done, total)
 
 
 def bind_saved(kernels: Sequence[Mapping[str, Any]]) -> list[Refusal]:

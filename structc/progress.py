@@ -73,6 +73,11 @@ def progress_bars(
         yield report
 
 
+def named(progress: Callable[[str, int, int], None], name: str) -> Callable[[str, int, int], None]:
+    """The same function for work whose items are one stage to whoever looks on."""
+    return lambda _, done, total: progress(name, done, total)
+
+
 def _is_terminal(stream: object) -> bool:
     """Whether bars may be drawn there: a stream may be closed, missing or somebody's own."""
     try:

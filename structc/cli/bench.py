@@ -15,7 +15,7 @@ from structc.cli.place import MANIFEST
 from structc.cli.session import Answer, command, note
 from structc.cli.timed import example_of, table, timed_rows
 from structc.errors import ConfigError
-from structc.progress import progress_bars
+from structc.progress import named, progress_bars
 
 if TYPE_CHECKING:
     from structc.codegen.peaks import Peaks
@@ -148,7 +148,7 @@ def _kernels(
         wanted = [c for n in names for c in kernel_table.cases(getattr(torch, n), _rows(rows))]
         with progress_bars(wanted=not no_progress) as progress:
             found = kernel_table.table(
-                wanted, peaks, effort=level, seconds=seconds, progress=_one_bar(progress)
+                wanted, peaks, effort=level, seconds=seconds, progress=named(progress, "kernels")
             )
         machine = target().to_dict()
     finally:
@@ -163,10 +163,6 @@ def _rows(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConfigError(f"--rows must be whole numbers joined by commas, got {text!r}")
     return tuple(int(part) for part in parts)
-
-
-def _one_bar(progress: Any) -> Any:
-    return lambda _, done, total: progress("kernels", done, total)
 
 
 def _kernel_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

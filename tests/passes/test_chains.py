@@ -210,6 +210,10 @@ def test_what_is_no_chain_as_a_whole_is_cut(count: int, counting: bool) -> None:
         assert len(whole.parts) == 2 * count
         assert whole.among({str(whole.program), str(whole.parts[0].program)}) == [whole]
         assert whole.parts[0] in whole.among({str(whole.parts[0].program)})
+        captured = capture(model.eval(), to_call(floats(3, 5, 12)))
+        both = {str(c.program) for c in (whole, *whole.parts)}
+        product = rewrite(captured, detect(captured), {}, both)
+        assert product.chains == {str(whole.program)}, "what is not run is not saved"
     tree, operators = fused(model, floats(3, 5, 12))
     assert operators == len(found)
     with torch.no_grad():
