@@ -23,10 +23,9 @@ from structc.codegen.cpu import tile
 from structc.codegen.cpu.emit import spec_of
 from structc.codegen.cpu.program import Program, analyse
 from structc.codegen.cpu.samples import sample, sample_form
-from structc.forms import Form, PackedDense, Spectral, Tile, parse_form
+from structc.forms import Form, PackedDense, Tile, parse_form
 from structc.numerics import relative_error
 from structc.records import Refusal, Timed
-from structc.spectral import spectral_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative error of a kernel against the float64 reference that is still rounding."""
@@ -41,10 +40,10 @@ class Job:
     """One kernel with one config at one shape.
 
     Attributes:
-        form: text of the form: a tile program, ``dense(n,m,act)`` or ``spectral(...)``.
+        form: text of the form: a tile program or ``dense(n,m,act)``.
         rows: of the input.
         dtype: its name, ``"float32"``.
-        bias: dense and spectral only: whether there is one.
+        bias: dense only: whether there is one.
         transposed: dense only: whether the weight is stored (in, out).
         kernel: ``"tile"``, ``"onednn"``, ``"aten"``.
         config: of the kernel.
@@ -182,12 +181,6 @@ def _inputs(
 
 
 def _weights(form: Form, job: Job, dtype: torch.dtype) -> list[Tensor]:
-    if isinstance(form, Spectral):
-        generator = torch.Generator().manual_seed(2)
-        lengths = (form.taps, form.out_features)[: 1 + job.bias]
-        noise = [torch.randn(n, generator=generator, dtype=torch.float32) for n in lengths]
-        noise[0] /= form.taps**0.5
-        return [w.to(dtype) for w in noise]
     program = dense.tile_form(form, job.bias) if isinstance(form, PackedDense) else form
     _, weights = sample(program, rows=1)
     if isinstance(form, PackedDense):
@@ -202,8 +195,6 @@ def _reference(form: Form, job: Job) -> Callable[..., Tensor]:
         assert not isinstance(kernel, Refusal)
         return kernel
     text = str(form)
-    if isinstance(form, Spectral):
-        return lambda x, w: spectral_reference(x, w[0], w[1] if len(w) > 1 else None, text)
     return lambda x, weights, *others: reference.tile_reference(x, weights, text, *others)
 
 

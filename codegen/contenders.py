@@ -12,7 +12,7 @@ from structc.codegen.bench import Job
 from structc.codegen.cpu.program import analyse
 from structc.codegen.cpu.tile import DEFAULT
 from structc.codegen.dense import tile_form
-from structc.forms import Form, PackedDense, Spectral, Tile
+from structc.forms import Convolve, Form, PackedDense, Tile
 from structc.records import Refusal
 
 Config = Mapping[str, int | str]
@@ -50,7 +50,7 @@ class Request:
     """One form to price at one number of rows.
 
     Attributes:
-        form: a tile program with its bias and activation steps, a dense product or a convolution.
+        form: a tile program with its bias and activation steps, or a dense product.
         rows: of one call.
         dtype: of inputs and weights.
         bias: whether a bias is added (part of the program for a tile form).
@@ -91,8 +91,8 @@ class Request:
             return [Contender("parts", {"kernels": self.parts})]
         if isinstance(self.form, PackedDense):
             return dense_contenders(self.form, self.rows, self.dtype, effort)
-        if isinstance(self.form, Spectral):
-            return spectral_contenders(self.form, self.rows, effort)
+        if found := spectral.convolution(self.form):
+            return [*convolutions(found[0], self.rows, effort), Contender("reference")]
         return tile_contenders(self.form, self.rows, self.dtype, effort)
 
     def job(self, contender: Contender) -> Job:
@@ -152,17 +152,17 @@ def tile_contenders(form: Tile, rows: int, dtype: torch.dtype, effort: str) -> l
     return [*found.values(), *plain]
 
 
-def spectral_contenders(form: Spectral, rows: int, effort: str) -> list[Contender]:
+def convolutions(step: Convolve, rows: int, effort: str) -> list[Contender]:
     """FFTs in chunks of several sizes, the likeliest first; blocks of the band if it is narrow."""
     points = (0, 1, -1, -2, 2) if effort == "full" else (0, 1)
     found: list[Contender] = []
-    for size in spectral.sizes(form):
+    for size in spectral.sizes(step):
         chunks = [max(1, int(spectral.CHUNK * 2.0**p) // size) for p in points]
         for chunk in dict.fromkeys(min(c, rows) for c in chunks):
             found.append(Contender("fft", {"size": size, "chunk": chunk}))
         if rows <= SINGLE:
             found.append(Contender("pocket", {"size": size}))
-    least, most = form.diagonals
+    least, most = step.diagonals
     if most - least < NARROW:
         blocks = (32, 64, 128) if effort == "full" else (32, 64)
         found += [Contender("band", {"block": block}) for block in blocks]

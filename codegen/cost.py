@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from structc.codegen.peaks import Peaks, known
-from structc.forms import Block, Form, PackedDense, Sparse, Spectral
+from structc.forms import SPECTRAL, Block, Form, PackedDense, Shared, Sparse
 
 CALL_MS = 0.004
 """What one operator call costs before any arithmetic."""
@@ -37,17 +37,16 @@ def _work(form: Form, rows: int) -> list[tuple[int, float]]:
     """(multiply-adds a row, share of the peak) of each factor."""
     if isinstance(form, PackedDense):
         return [(form.params, DENSE_EFFICIENCY * _fill(rows))]
-    if isinstance(form, Spectral):
-        return [(form.flops // 2, SPECTRAL_EFFICIENCY)]
+    products = [s for s in form.steps if isinstance(s, (Block, Shared, Sparse))]
+    others = [s.flops // 2 for s in form.steps if isinstance(s, SPECTRAL)]
+    fill = _fill(rows)
     return [
-        (s.nnz * s.b * s.c if isinstance(s, Sparse) else s.a * s.b * s.c * s.d, _share(s) * fill)
-        for fill in (_fill(rows),)
-        for s in form.steps
-        if isinstance(s, (Block, Sparse))
+        *((s.flops // 2, _share(s) * fill) for s in products),
+        *((work, SPECTRAL_EFFICIENCY) for work in others),
     ]
 
 
-def _share(block: Block | Sparse) -> float:
+def _share(block: Block | Shared | Sparse) -> float:
     """Blocks of 64 and wider run like dense ones; thin ones lose to loads and calls."""
     thin = min(block.b, block.c)
     return DENSE_EFFICIENCY * thin / (thin + 6)

@@ -18,13 +18,13 @@ from structc.forms import (
     Add,
     Bias,
     Block,
+    Convolve,
     Form,
     Keep,
     Load,
     Norm,
     PackedDense,
     Sparse,
-    Spectral,
     Step,
     Tile,
 )
@@ -91,8 +91,8 @@ def _forms() -> Iterator[tuple[str, Form, Sequence[int]]]:
             parts = (Block(b, rank, n // b, 1), Block(1, b, b, rank), Block(b, n // b, rank, 1))
             yield f"BLAST {b}x{b} 50 % {n}", Tile(parts), ROWS
     for n in (1024, 2048, 4096):
-        yield f"circulant {n}", Spectral.circulant(n), ROWS
-        yield f"Toeplitz {n}", Spectral.toeplitz(n, n), ROWS
+        yield f"circulant {n}", Tile((Convolve.circulant(n),)), ROWS
+        yield f"Toeplitz {n}", Tile((Convolve.toeplitz(n, n),)), ROWS
     levels = (Block(512 >> level, 2, 2, 1 << level) for level in range(10))
     yield "butterfly 1024, 10 factors", Tile(tuple(levels)), ROWS
     yield "pixelated butterfly 25 % 1024", _pixelated(1024, 32, 64), ROWS

@@ -10,9 +10,8 @@ from torch import Tensor
 from structc import ops, reference
 from structc.codegen import backward, dense, parts, spectral
 from structc.codegen.cpu import tile
-from structc.forms import Form, PackedDense, Spectral, Tile
+from structc.forms import Form, PackedDense, Tile
 from structc.records import Refusal
-from structc.spectral import spectral_key
 
 
 def bind(
@@ -27,7 +26,7 @@ def bind(
     """Build what a price names and attach it for calls of up to ``rows`` rows.
 
     Args:
-        form: a tile program, a dense product or a convolution.
+        form: a tile program or a dense product.
         dtype: of the inputs that it will serve.
         rows: the bucket; the largest bucket serves all calls above it too.
         kernel: as in :attr:`structc.records.Price.kernel`, ``"tile[64]"`` or ``"onednn"``.
@@ -44,8 +43,6 @@ def bind(
     if isinstance(form, PackedDense):
         n, m, act = form.in_features, form.out_features, form.activation
         key = ops.dense_key(n, m, act, dtype, transposed)
-    elif isinstance(form, Spectral):
-        key = spectral_key(str(form), dtype)
     else:
         key = ops.tile_key(str(form), dtype)
         if kernel.startswith("tile"):
@@ -68,12 +65,12 @@ def make(
     if isinstance(form, PackedDense):
         name = "aten" if name == "reference" else name
         return dense.make(form, dtype, rows, name, config, transposed=transposed)
-    if isinstance(form, Spectral):
-        return spectral.make(form, dtype, name, config)
     if name == "reference":
         return _reference(form)
     if name == "parts":
         return parts.make(form, config, lambda f, k, c: make(f, dtype, rows, k, c))
+    if name in spectral.KERNELS:
+        return spectral.make(form, dtype, name, config)
     if name != "tile":
         return Refusal("", name, "KERNEL", f"no kernel for tile programs is called {kernel!r}")
     return tile.make(form, config, dtype=dtype)

@@ -21,17 +21,18 @@ from structc.forms import (
     ACTIVATIONS,
     Bias,
     Block,
+    Convolve,
+    Displace,
     Form,
     Norm,
     PackedDense,
-    Spectral,
+    Shared,
     Tile,
     parse_form,
 )
 from structc.options import effort_of
 from structc.progress import named, progress_bars
 from structc.records import Price, Refusal
-from structc.spectral import spectral
 
 
 class Built(nn.Module):
@@ -79,9 +80,6 @@ class Built(nn.Module):
             (weight,) = weights
             transposed = isinstance(family, Dense) and family.transposed
             return ops.dense(x, weight, bias, self.form.activation, transposed)
-        if isinstance(self.form, Spectral):
-            (taps,) = weights
-            return spectral(x, taps, bias, self._program)
         listed = list(weights) if bias is None else [*weights, bias]
         y: Tensor = ops.tile([x], listed, self._program)[0]
         return y
@@ -220,7 +218,7 @@ def _parts(
             f"build: the fit was refused: {given.reason}", hint="Try other hyper-parameters."
         )
     if isinstance(given, AbstractFamily):
-        dtype = dtype or given.factors()[0].dtype
+        dtype = dtype or next(f.dtype for f in given.factors() if f.dtype != torch.int64)
         family = copy.deepcopy(given).to(dtype)
         _check_bias(bias, family.out_features)
         if bias is not None and family.bias is not None:
@@ -237,7 +235,7 @@ def _parts(
             f"build: {e}",
             hint="Steps have no spaces inside and single ones between (docs/kernels.md).",
         ) from None
-    if not isinstance(form, (Tile, PackedDense, Spectral)):
+    if not isinstance(form, (Tile, PackedDense)):
         raise ConfigError(
             f"build: expected a family, a form or its text, got {type(given).__name__}",
             hint="structc.families.LowRank.fit(weight, rank=...) gives a family.",
@@ -301,8 +299,6 @@ def _shapes(form: Form) -> list[tuple[tuple[int, ...], ...]]:
     """For each weight of a form the shapes that it may have; none where any will do."""
     if isinstance(form, PackedDense):
         return [((form.out_features, form.in_features),)]
-    if isinstance(form, Spectral):
-        return [((form.taps,),)]
     found: list[tuple[tuple[int, ...], ...]] = []
     for step in form.steps:
         match step:
@@ -310,6 +306,12 @@ def _shapes(form: Form) -> list[tuple[tuple[int, ...], ...]]:
                 found.append(((1, b, c, 1), (b, c)))
             case Block(a, b, c, d):
                 found.append(((a, b, c, d), (a, b, c)) if d == 1 else ((a, b, c, d),))
+            case Shared(_, b, c, _):
+                found.append(((b, c),))
+            case Convolve():
+                found.append(((step.taps,),))
+            case Displace(n, r):
+                found += [((r, n),)] * 2
             case Bias(n) | Norm(n):
                 found += [((n,),)] * step.weights
             case _:

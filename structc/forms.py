@@ -1,4 +1,4 @@
-"""What a machine executes: tile programs, packed dense products and convolutions.
+"""What a machine executes: tile programs and packed dense products.
 
 Many families become few forms, so that a new family usually needs no new kernel. A form is frozen
 data with a text that a person can read and an operator can carry:
@@ -15,15 +15,16 @@ True
 from __future__ import annotations
 
 import functools
-import math
 import re
 from dataclasses import dataclass, fields
 
 from structc.errors import InternalError
+from structc.spectral_steps import COMPLEX, TRANSFORMS, Convolve, Displace, Flip, Transform
 from structc.steps import (
     ACTIVATIONS,
     NORMS,
     SLOTS,
+    SPECTRAL,
     STEPS,
     Act,
     Add,
@@ -35,16 +36,23 @@ from structc.steps import (
     Norm,
     Permute,
     Select,
+    Shared,
     Sparse,
     Step,
 )
 
 __all__ = [
     "ACTIVATIONS",
+    "COMPLEX",
+    "SPECTRAL",
+    "TRANSFORMS",
     "Act",
     "Add",
     "Bias",
     "Block",
+    "Convolve",
+    "Displace",
+    "Flip",
     "Form",
     "Keep",
     "Load",
@@ -53,13 +61,18 @@ __all__ = [
     "PackedDense",
     "Permute",
     "Select",
+    "Shared",
     "Sparse",
     "Step",
     "Tile",
+    "Transform",
     "parse_form",
 ]
 
 _TEXT = re.compile(r"(\w+)\(([^()]*)\)")
+_WHOLE = re.compile(r"-?\d+")
+FACTORS = (Block, Shared, Sparse, Permute, Select, *SPECTRAL)
+"""Steps that are a matrix."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,10 @@ class Tile:
                 raise InternalError(f"tile program: activation {s.fn!r} is none of {ACTIVATIONS}")
             if isinstance(s, Norm) and (s.kind not in NORMS or not _is_number(s.eps)):
                 raise InternalError(f"tile program: {s} is no normalisation")
+            if isinstance(s, Transform) and s.kind not in TRANSFORMS:
+                raise InternalError(f"tile program: {s.kind!r} is no transform")
+            if isinstance(s, SPECTRAL) and min(s.in_features, s.out_features) < 1:
+                raise InternalError(f"tile program: sizes of {s} start at 1")
             if isinstance(s, Sparse) and (not s.b or not s.c or s.m % s.b or s.n % s.c):
                 raise InternalError(f"tile program: {s} has no whole blocks")
         if isinstance(self.steps[0], Load):
@@ -136,16 +153,12 @@ class Tile:
     @property
     def flops(self) -> int:
         """Of the products, for one row."""
-        return 2 * self.params
+        return sum(s.flops for s in self.steps)
 
     @property
     def params(self) -> int:
         """Elements of the factors."""
-        return sum(
-            s.a * s.b * s.c * s.d if isinstance(s, Block) else s.nnz * s.b * s.c
-            for s in self.steps
-            if isinstance(s, (Block, Sparse))
-        )
+        return sum(s.params for s in self.steps)
 
     def pieces(self) -> list[Tile | Step]:
         """The matrices of a chain, each with its bias and activation, and the steps in between.
@@ -157,7 +170,7 @@ class Tile:
         found: list[list[Step]] = []
         before = ""
         for step in self.steps:
-            factor = isinstance(step, (Block, Sparse, Permute, Select))
+            factor = isinstance(step, FACTORS)
             joins = (factor and before == "factor") or (
                 isinstance(step, (Bias, Act)) and before in ("factor", "tail")
             )
@@ -166,10 +179,7 @@ class Tile:
             else:
                 found.append([step])
             before = "factor" if factor else "tail" if joins else ""
-        return [
-            Tile(tuple(p)) if isinstance(p[0], (Block, Sparse, Permute, Select)) else p[0]
-            for p in found
-        ]
+        return [Tile(tuple(p)) if isinstance(p[0], FACTORS) else p[0] for p in found]
 
     @property
     def is_chain(self) -> bool:
@@ -187,8 +197,7 @@ class Tile:
             steps.pop()
         inputs = len(self.input_features)
         return not all(
-            isinstance(s, (Block, Sparse, Permute, Select, Keep, Load))
-            or (isinstance(s, Add) and s.index >= inputs)
+            isinstance(s, (*FACTORS, Keep, Load)) or (isinstance(s, Add) and s.index >= inputs)
             for s in steps
         )
 
@@ -208,11 +217,12 @@ class Tile:
             match = _TEXT.fullmatch(part)
             step = STEPS.get(match[1]) if match else None
             words = match[2].split(",") if match else []
+            values = [int(w) if _WHOLE.fullmatch(w) else w for w in words]
             wanted = [f.type for f in fields(step)] if step else None
-            if wanted != ["int" if w.isdecimal() else "str" if w else "" for w in words]:
+            if "" in words or wanted != [type(v).__name__ for v in values]:
                 raise InternalError(f"tile program {text!r}: {part!r} is no step")
             assert step is not None
-            steps.append(step(*(int(w) if w.isdecimal() else w for w in words)))  # type: ignore[arg-type]
+            steps.append(step(*values))  # type: ignore[arg-type]
         return Tile(tuple(steps))
 
 
@@ -252,108 +262,7 @@ class PackedDense:
         return PackedDense(int(match[1]), int(match[2]), act)
 
 
-@dataclass(frozen=True)
-class Spectral:
-    """A linear map that is a convolution, with its epilogue: what the FFT is for.
-
-    Math:    y_i = act(sum_{l < taps} k[l] * x[i + shift - l] + b_i), where x is zero outside
-             0 <= j < n, or periodic. As a matrix: W[i, j] = k[i - j + shift].
-    Shapes:  x (..., n); k (taps,); b (m,), if there is one; y (..., m).
-    Cost:    flops = min(2 m taps, 5 N log2 N + 3 N) a row: directly, or two real FFTs of N points
-             (2.5 N log2 N each) and N / 2 complex products; params = taps.
-    Errors:  :class:`InternalError` for sizes below 1 or an unknown activation.
-    Source:  Golub and Van Loan, Matrix Computations, 4th ed., 4.7.7 and 4.8.2.
-
-    >>> form = Spectral.circulant(4096)
-    >>> str(form), form.fft_size, form.params, form.flops
-    ('spectral(4096,4096,4096,0,1,none)', 4096, 4096, 258048)
-    >>> Spectral.toeplitz(300, 200).fft_size  # 499 diagonals
-    500
-    >>> str(Spectral(1024, 1024, 5, 2, activation="relu"))  # a centred filter of five taps
-    'spectral(1024,1024,5,2,0,relu)'
-    """
-
-    in_features: int
-    out_features: int
-    taps: int
-    shift: int
-    periodic: bool = False
-    activation: str = ""
-
-    def __post_init__(self) -> None:
-        if min(self.in_features, self.out_features, self.taps) < 1:
-            raise InternalError(f"{self}: sizes of a convolution start at 1")
-        if self.activation not in ("", *ACTIVATIONS):
-            raise InternalError(f"{self}: the activation is none of {ACTIVATIONS}")
-
-    @staticmethod
-    def circulant(n: int, activation: str = "") -> Spectral:
-        """W[i, j] = k[(i - j) mod n]: the taps are the first column."""
-        return Spectral(n, n, n, 0, True, activation)
-
-    @staticmethod
-    def toeplitz(n: int, m: int, activation: str = "") -> Spectral:
-        """W[i, j] = k[i - j + n - 1], (m, n): the first row backwards, then down the column."""
-        return Spectral(n, m, n + m - 1, n - 1, False, activation)
-
-    @property
-    def diagonals(self) -> tuple[int, int]:
-        """The least and the largest i - j that a tap stands for; inside W unless periodic."""
-        least, most = -self.shift, self.taps - 1 - self.shift
-        if self.periodic:
-            return least, most
-        return max(least, 1 - self.in_features), min(most, self.out_features - 1)
-
-    @property
-    def fft_size(self) -> int:
-        """Points of the FFT: the period where that is fast, else enough that nothing wraps."""
-        n, m = self.in_features, self.out_features
-        if self.periodic and m <= n == _fast_size(n):
-            return n
-        least, most = (1 - n, m - 1) if self.periodic else self.diagonals
-        return _fast_size(max(n, m, n + most, m - least))
-
-    @property
-    def params(self) -> int:
-        return self.taps
-
-    @property
-    def flops(self) -> int:
-        """Of one row; the epilogue not counted, as for the other forms."""
-        size = self.fft_size
-        spectral = round(5 * size * math.log2(size)) + 3 * size
-        return min(2 * self.out_features * self.taps, spectral)
-
-    def __str__(self) -> str:
-        sizes = f"{self.in_features},{self.out_features},{self.taps},{self.shift}"
-        return f"spectral({sizes},{int(self.periodic)},{self.activation or 'none'})"
-
-    @staticmethod
-    @functools.lru_cache(maxsize=4096)
-    def parse(text: str) -> Spectral:
-        """The form that :meth:`__str__` wrote."""
-        match = re.fullmatch(r"spectral\((\d+),(\d+),(\d+),(-?\d+),([01]),(\w+)\)", text)
-        if match is None:
-            raise InternalError(f"{text!r} is no convolution")
-        n, m, taps, shift, periodic = (int(match[i]) for i in range(1, 6))
-        act = "" if match[6] == "none" else match[6]
-        return Spectral(n, m, taps, shift, bool(periodic), act)
-
-
-def _fast_size(least: int) -> int:
-    """The smallest 2^a 3^b 5^c that is no smaller: sizes at which every FFT library is fast."""
-    best = 1 << max(0, least - 1).bit_length()
-    five = 1
-    while five < best:
-        odd = five
-        while odd < best:
-            best = min(best, odd << max(0, -(-least // odd) - 1).bit_length())
-            odd *= 3
-        five *= 5
-    return best
-
-
-Form = Tile | PackedDense | Spectral
+Form = Tile | PackedDense
 
 
 def parse_form(text: str) -> Form:
@@ -364,8 +273,6 @@ def parse_form(text: str) -> Form:
 
     Errors: :class:`InternalError` for a text that is no form.
     """
-    if text.startswith("spectral("):
-        return Spectral.parse(text)
     return PackedDense.parse(text) if text.startswith("dense(") else Tile.parse(text)
 
 

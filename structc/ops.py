@@ -7,8 +7,6 @@ Two operators execute everything token-local:
 ``structc::dense(Tensor x, Tensor weight, Tensor? bias, str act, bool transposed) -> Tensor``
     a dense product with its epilogue.
 
-A third one, for convolutions, stands in :mod:`structc.spectral` and uses the same table.
-
 The reference is plain ATen, always there, differentiable, and never refuses. Faster kernels are
 *attached* to a key with the largest number of rows that each one is meant for; a key without a
 kernel, another dtype or another device runs the reference. Both pass ``torch.library.opcheck``, so
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from structc.forms import Tile
+from structc.forms import COMPLEX, Tile, Transform
 from structc.reference import dense_reference, tile_reference
 
 Kernel = Callable[..., Tensor]
@@ -315,7 +313,15 @@ def _tile_fake(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str
     x, form = inputs[0], Tile.parse(program)
     _check_counts(program, inputs, weights)
     _check_dtypes(inputs)
-    return [x.new_empty(*x.shape[:-1], form.out_features)]
+    return [x.new_empty(*x.shape[:-1], form.out_features, dtype=_out_dtype(x, weights, form))]
+
+
+def _out_dtype(x: Tensor, weights: Sequence[Tensor], form: Tile) -> torch.dtype:
+    """That of x; complex where a factor or a transform is."""
+    turns = any(isinstance(s, Transform) and s.kind in COMPLEX for s in form.steps)
+    if x.is_complex() or not (turns or any(w.is_complex() for w in weights)):
+        return x.dtype
+    return torch.complex128 if x.dtype == torch.float64 else torch.complex64
 
 
 def _dense_fake(
@@ -378,7 +384,7 @@ def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _leaves(saved: Sequence[Tensor]) -> list[Tensor]:
     """Detached copies that record a graph of their own: the forward is computed again."""
-    return [t.detach().requires_grad_(t.is_floating_point()) for t in saved]
+    return [t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in saved]
 
 
 torch.library.register_autograd(

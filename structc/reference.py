@@ -8,20 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from structc import spectral
 from structc.forms import (
     Act,
     Add,
     Bias,
     Block,
+    Convolve,
+    Displace,
+    Flip,
     Keep,
     Load,
     Mul,
     Norm,
     Permute,
     Select,
+    Shared,
     Sparse,
     Step,
     Tile,
+    Transform,
 )
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,6 +60,8 @@ def apply_step(step: Step, x: Tensor, left: Iterator[Tensor], slots: dict[int, T
     match step:
         case Block(a, b, c, d):
             x = _block(x, next(left).reshape(a, b, c, d))
+        case Shared(a, b, c, d):
+            x = _shared(x, next(left).reshape(b, c), (a, c, d))
         case Permute(p, q):
             x = x.unflatten(-1, (p, q)).transpose(-1, -2).flatten(-2)
         case Bias():
@@ -72,6 +80,14 @@ def apply_step(step: Step, x: Tensor, left: Iterator[Tensor], slots: dict[int, T
             x = x.index_select(-1, next(left))
         case Sparse(m, _, b, c, _):
             x = _sparse(x, next(left), next(left), next(left), (m, b, c))
+        case Flip():
+            x = x.flip(-1)
+        case Convolve():
+            x = spectral.convolve(x, next(left), step)
+        case Displace():
+            x = spectral.displace(x, next(left), next(left), step)
+        case Transform():
+            x = spectral.transform(x, step)
         case Norm(n, "layer", eps):
             x = F.layer_norm(x, (n,), next(left), next(left), float(eps))
         case Norm(n, "rms", eps):
@@ -81,10 +97,21 @@ def apply_step(step: Step, x: Tensor, left: Iterator[Tensor], slots: dict[int, T
 
 def _block(x: Tensor, w: Tensor) -> Tensor:
     a, _, c, d = w.shape
+    if x.dtype != w.dtype and (x.is_complex() or w.is_complex()):
+        dtype = torch.promote_types(x.dtype, w.dtype)
+        x, w = x.to(dtype), w.to(dtype)
     if a == d == 1:
         return F.linear(x, w[0, :, :, 0])
     y = torch.einsum("abcd,...acd->...abd", w, x.unflatten(-1, (a, c, d)))
     return y.flatten(-3)
+
+
+def _shared(x: Tensor, w: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    a, c, d = sizes
+    if d == 1:
+        return _block(x.unflatten(-1, (a, c)), w[None, :, :, None]).flatten(-2)
+    y = _block(x.unflatten(-1, (a, c, d)).mT, w[None, :, :, None])
+    return y.mT.flatten(-3)
 
 
 def _sparse(

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from structc.spectral_steps import Convolve, Displace, Flip, Transform
+from structc.step import Alike, Written
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 """Elementwise functions that an epilogue may carry; ``gelu`` is the exact one (erf)."""
 
 
-class _Written:
-    """A step as its program's text has it: ``word(field,field)``."""
-
-    word: ClassVar[str]
-
-    def __str__(self) -> str:
-        this: Any = self
-        return f"{self.word}({','.join(str(getattr(self, f.name)) for f in fields(this))})"
-
-
-class _Alike(_Written):
-    """A step that gives as many features as it takes."""
-
-    n: int
-
-    @property
-    def in_features(self) -> int:
-        return self.n
-
-    out_features = in_features
-
-
 @dataclass(frozen=True)
-class Block(_Written):
+class Block(Written):
     """A Kronecker-sparse factor ``I_a (x) 1_{b x c} (x) I_d``: the general block pattern.
 
     Math:    y[al, be, de] = sum_ga w[al, be, ga, de] * x[al, ga, de].
@@ -56,9 +37,47 @@ class Block(_Written):
     def out_features(self) -> int:
         return self.a * self.b * self.d
 
+    @property
+    def params(self) -> int:
+        return self.a * self.b * self.c * self.d
+
 
 @dataclass(frozen=True)
-class Permute(_Written):
+class Shared(Written):
+    """A Kronecker factor ``I_a (x) w (x) I_d``: one block, used everywhere.
+
+    Math:    y[al, be, de] = sum_ga w[be, ga] * x[al, ga, de].
+    Shapes:  x (..., a*c*d);  w (b, c);  y (..., a*b*d).
+    Cost:    flops = 2*a*b*c*d a row; params = b*c.
+    Source:  Van Loan 2000, The ubiquitous Kronecker product.
+    """
+
+    a: int
+    b: int
+    c: int
+    d: int
+    word: ClassVar[str] = "shared"
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.a * self.c * self.d
+
+    @property
+    def out_features(self) -> int:
+        return self.a * self.b * self.d
+
+    @property
+    def params(self) -> int:
+        return self.b * self.c
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.a * self.b * self.c * self.d
+
+
+@dataclass(frozen=True)
+class Permute(Written):
     """The perfect shuffle that transposes ``(p, q)``: y[j, i] = x[i, j].  x (..., p*q)."""
 
     p: int
@@ -74,7 +93,7 @@ class Permute(_Written):
 
 
 @dataclass(frozen=True)
-class Bias(_Alike):
+class Bias(Alike):
     """y = x + w, with w (n,)."""
 
     n: int
@@ -83,7 +102,7 @@ class Bias(_Alike):
 
 
 @dataclass(frozen=True)
-class Act(_Alike):
+class Act(Alike):
     """y = fn(x), elementwise over n features; fn is one of :data:`ACTIVATIONS`."""
 
     fn: str
@@ -93,7 +112,7 @@ class Act(_Alike):
 
 
 @dataclass(frozen=True)
-class Add(_Alike):
+class Add(Alike):
     """y = x + z, with z (..., n) input ``index`` of the program; 0 is what it starts from.
 
     A residual connection.
@@ -106,7 +125,7 @@ class Add(_Alike):
 
 
 @dataclass(frozen=True)
-class Norm(_Alike):
+class Norm(Alike):
     """Normalisation over the n features of a token.
 
     Math:    layer: y = (x - mean x) / sqrt(var x + eps) * w1 + w2;  rms: y = x / sqrt(mean x^2 +
@@ -129,7 +148,7 @@ class Norm(_Alike):
 
 
 @dataclass(frozen=True)
-class Mul(_Alike):
+class Mul(Alike):
     """y = x * z elementwise, with z (..., n) what slot ``index`` holds: the gate of an MLP."""
 
     n: int
@@ -139,7 +158,7 @@ class Mul(_Alike):
 
 
 @dataclass(frozen=True)
-class Keep(_Alike):
+class Keep(Alike):
     """Slot ``index`` holds x from here on; x goes on unchanged."""
 
     n: int
@@ -149,7 +168,7 @@ class Keep(_Alike):
 
 
 @dataclass(frozen=True)
-class Load(_Written):
+class Load(Written):
     """y = z, with z (..., n) what slot ``index`` holds: x is dropped, a second branch begins."""
 
     n: int
@@ -163,7 +182,7 @@ class Load(_Written):
 
 
 @dataclass(frozen=True)
-class Select(_Written):
+class Select(Written):
     """y[i] = x[w[i]], with w (m,) of int64: any permutation or choice of the n features."""
 
     m: int
@@ -181,7 +200,7 @@ class Select(_Written):
 
 
 @dataclass(frozen=True)
-class Sparse(_Written):
+class Sparse(Written):
     """A block-sparse matrix (m, n): ``nnz`` blocks of (b, c), sorted by row of blocks.
 
     Math:    y[row of e] += w1[e] x[w3[e] * c : (w3[e] + 1) * c] for e in w2[row] .. w2[row + 1].
@@ -206,11 +225,18 @@ class Sparse(_Written):
     def out_features(self) -> int:
         return self.m
 
+    @property
+    def params(self) -> int:
+        return self.nnz * self.b * self.c
+
 
 NORMS = ("layer", "rms")
 SLOTS = 16
 """Inputs and kept values that a program may have together."""
-Step = Block | Permute | Bias | Act | Add | Norm | Mul | Keep | Load | Select | Sparse
-STEPS: dict[str, type[Step]] = {
-    s.word: s for s in (Block, Permute, Bias, Act, Add, Norm, Mul, Keep, Load, Select, Sparse)
-}
+SPECTRAL = (Convolve, Displace, Flip, Transform)
+"""Steps that no emitted kernel serves: libraries of transforms do."""
+Step = (
+    Block | Shared | Permute | Bias | Act | Add | Norm | Mul | Keep | Load | Select | Sparse
+    | Flip | Convolve | Displace | Transform
+)  # fmt: skip
+STEPS: dict[str, type[Step]] = {s.word: s for s in Step.__args__}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structc import ops
-from structc.codegen.cpu.program import DEPTH, Stage, product
+from structc.codegen.cpu.program import DEPTH, Stage, full, product
 from structc.forms import Block
 
 PACK = 16
@@ -146,8 +146,8 @@ def _joined(stage: Stage, weights: Sequence[Tensor], flip: bool) -> Tensor:
         weights = [w.t() for w in weights]
     shape = (stage.block.a, stage.block.b, stage.block.c, stage.block.d)
     if len(stage.parts) == 1:
-        return weights[0].reshape(shape)
-    wide = product(list(stage.parts), [w.double() for w in weights])
+        return full(stage.parts[0], weights[0]).reshape(shape)
+    wide = product(stage.parts, [w.double() for w in weights])
     return wide.to(weights[0].dtype).reshape(shape)
 
 
@@ -155,7 +155,8 @@ def _wide(stage: Stage) -> Prepared:
     def keep(weights: Sequence[Tensor]) -> Tensor:
         if stage.kind == "woven":  # blocks (a, b, c) beside each other become vectors along a
             b, c, a = stage.block.b, stage.block.c, stage.block.d
-            return weights[0].reshape(a, b, c).permute(1, 2, 0).float().contiguous()
+            whole = full(stage.parts[0], weights[0]).reshape(a, b, c)
+            return whole.permute(1, 2, 0).float().contiguous()
         return _joined(stage, weights, False).float().contiguous()
 
     return Prepared(f"wide{stage.kind}{stage.block}{stage.parts}", keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from structc import hardware
 from structc.forms import (
+    SPECTRAL,
     Act,
     Add,
     Bias,
@@ -19,6 +21,7 @@ from structc.forms import (
     Norm,
     Permute,
     Select,
+    Shared,
     Sparse,
     Step,
     Tile,
@@ -67,7 +70,7 @@ class Stage:
     block: Block
     out: int
     weights: tuple[int, ...] = ()
-    parts: tuple[Block, ...] = ()
+    parts: tuple[Block | Shared, ...] = ()
     blocks: int = 0
     run: int = 1
     ordered: int = 0
@@ -121,6 +124,9 @@ def analyse(form: Tile, dtype: torch.dtype = torch.float32) -> Program | Refusal
     isa = hardware.target().isa
     if NEEDS[dtype] not in isa:
         return _refuse("ISA", f"{dtype} needs {NEEDS[dtype]}; this processor has {', '.join(isa)}")
+    other = next((s for s in form.steps if isinstance(s, SPECTRAL)), None)
+    if other is not None:
+        return _refuse("SPECTRAL", f"{other} is for a library of transforms, not an emitted kernel")
     empty = [s for s in form.steps if not _filled(s)]
     if empty:
         return _refuse("EMPTY", f"{empty[0]} has no elements")
@@ -131,7 +137,7 @@ def analyse(form: Tile, dtype: torch.dtype = torch.float32) -> Program | Refusal
 
 
 def _filled(step: Step) -> bool:
-    if isinstance(step, Block):
+    if isinstance(step, (Block, Shared)):
         return min(step.a, step.b, step.c, step.d) > 0
     if isinstance(step, Sparse):
         return min(step.m, step.n) > 0
@@ -160,8 +166,9 @@ class _Reader:
     def take(self, step: Step) -> None:
         self.n = self.n or (0 if isinstance(step, Load) else step.in_features)
         match step:
-            case Block():
-                self._block(step)
+            case Block(a, b, c, d) | Shared(a, b, c, d):
+                self._block(Block(a, b, c, d))
+                self.stages[-1] = replace(self.stages[-1], parts=(step,))
             case Sparse(m, n, b, c, nnz):
                 self._carry_out()
                 self._push("sparse", Block(1, b, c, nnz), m, step.weights, run=n // c)
@@ -290,7 +297,7 @@ def _size(block: Block) -> int:
     return block.a * block.b * block.c * block.d
 
 
-def product(blocks: list[Block], weights: list[Tensor]) -> Tensor:
+def product(blocks: Sequence[Block | Shared], weights: Sequence[Tensor]) -> Tensor:
     """The weight of consecutive factors that were merged, (a, b, c, d).
 
     >>> butterfly = [Block(2, 2, 2, 1), Block(1, 2, 2, 2)]
@@ -298,8 +305,9 @@ def product(blocks: list[Block], weights: list[Tensor]) -> Tensor:
     >>> product(butterfly, w).shape
     torch.Size([1, 4, 4, 1])
     """
-    block, weight = blocks[0], weights[0].reshape(*_shape(blocks[0]))
-    for following, other in zip(blocks[1:], weights[1:], strict=True):
+    first, *others = [Block(b.a, b.b, b.c, b.d) for b in blocks]
+    block, weight = first, full(blocks[0], weights[0])
+    for following, other in zip(others, map(full, blocks[1:], weights[1:]), strict=True):
         p, s = block.a // following.a, following.d // block.d
         left = other.reshape(following.a, following.b, following.c, s, block.d)
         right = weight.reshape(following.a, p, block.b, block.c, block.d)
@@ -310,9 +318,12 @@ def product(blocks: list[Block], weights: list[Tensor]) -> Tensor:
             c, t = divmod(middle, s)
             made[:, :, t, q] += left[:, :, c, t, None, :] * right[:, q, b][:, None]
         block = Block(following.a, following.b * s, p * block.c, block.d)
-        weight = made.reshape(*_shape(block))
+        weight = made.reshape(block.a, block.b, block.c, block.d)
     return weight
 
 
-def _shape(block: Block) -> tuple[int, int, int, int]:
-    return block.a, block.b, block.c, block.d
+def full(step: Block | Shared, weight: Tensor) -> Tensor:
+    """A factor's weight as (a, b, c, d), also where all blocks are one."""
+    if isinstance(step, Shared):
+        return weight.reshape(1, step.b, step.c, 1).expand(step.a, -1, -1, step.d)
+    return weight.reshape(step.a, step.b, step.c, step.d)

@@ -13,11 +13,14 @@ from structc.forms import (
     Add,
     Bias,
     Block,
+    Convolve,
+    Displace,
     Keep,
     Mul,
     Norm,
     Permute,
     Select,
+    Shared,
     Sparse,
     Step,
     Tile,
@@ -103,6 +106,12 @@ def sample(
                 weights.append(noise(a, b, c, d) * (1.5 / c**0.5))
             case Select(m, n):
                 weights.append(torch.randint(n, (m,), generator=generator, device="cpu"))
+            case Shared(_, b, c, _):
+                weights.append(noise(b, c) * (1.5 / c**0.5))
+            case Convolve():
+                weights.append(noise(step.taps) * (1.5 / step.taps**0.5))
+            case Displace(n, r):
+                weights += [noise(r, n), noise(r, n) / (n * r**0.5)]
             case Sparse():
                 weights += _pattern(step, generator, noise(step.nnz, step.b, step.c))
             case _:
