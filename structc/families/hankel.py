@@ -1,0 +1,73 @@
+"""Hankel: constant along every antidiagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from structc.families.base import AbstractStructured, refuse_weight, with_epilogue
+from structc.families.toeplitz import best_taps, spread
+from structc.forms import Convolve, Flip, Tile
+from structc.records import Hyper, Refusal
+
+
+@final
+class Hankel(AbstractStructured):
+    """Constant antidiagonals: a Toeplitz matrix with its columns backwards.
+
+    Math:    W[i, j] = taps[i + j].
+    Shapes:  x (..., n);  taps (m + n - 1,), the first row, then down the last column;  y (..., m).
+    Cost:    as Toeplitz;  params = m + n - 1.
+    Errors:  none; weights that are not finite are Refusals of fit.
+    Source:  the fit of a Toeplitz matrix to W J with the Gram matrix J C J, J the flip.
+
+    >>> Hankel.fit(torch.tensor([[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]])).taps.tolist()
+    [1.0, 2.0, 3.0, 4.0]
+    """
+
+    name: ClassVar[str] = "hankel"
+
+    def __init__(self, taps: Tensor, in_features: int) -> None:
+        super().__init__(in_features, len(taps) - in_features + 1)
+        self.taps = nn.Parameter(taps)
+
+    @classmethod
+    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
+        return ()
+
+    @classmethod
+    def form_of(
+        cls, in_features: int, out_features: int, hyper: Hyper, *, bias: bool, activation: str
+    ) -> Tile:
+        program = Tile((Flip(in_features), Convolve.toeplitz(in_features, out_features)))
+        return with_epilogue(program, bias=bias, activation=activation)
+
+    @classmethod
+    def empty(cls, in_features: int, out_features: int, hyper: Hyper, dtype: torch.dtype) -> Self:
+        return cls(torch.empty(in_features + out_features - 1, dtype=dtype), in_features)
+
+    @classmethod
+    def fit(cls, weight: Tensor, gram: Tensor | None = None) -> Self | Refusal:
+        """The Hankel matrix of least output error: a global optimum.
+
+        Args:
+            weight: ``(m, n)``, any floating dtype.
+            gram: ``E[x x^T]``, ``(n, n)``; None is the identity.
+        """
+        if refusal := refuse_weight(cls.name, weight, gram):
+            return refusal
+        turned = None if gram is None else gram.double().flip(0, 1)
+        taps = best_taps(weight.detach().double().flip(1), turned)
+        return cls(taps.to(weight.dtype), weight.shape[1])
+
+    def hyper(self) -> Hyper:
+        return {}
+
+    def factors(self) -> list[Tensor]:
+        return [self.taps]
+
+    def to_dense(self) -> Tensor:
+        return spread(self.taps, self.in_features).flip(1)
