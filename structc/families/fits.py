@@ -182,7 +182,6 @@ def refuse_grid(family: str, weight: Tensor, in_blocks: int, out_blocks: int) ->
 # ---------------------------------------------------------------------------- the null
 
 
-@functools.lru_cache(maxsize=4096)
 def gaussian_tail(m: int, n: int, rank: int) -> float:
     """Relative error of the best approximation of rank r to an (m, n) Gaussian matrix.
 
@@ -197,15 +196,20 @@ def gaussian_tail(m: int, n: int, rank: int) -> float:
         return 0.0
     scale = max(1.0, short / SIDE)
     rows = round(short / scale)
-    columns = min(round(long / scale), 64 * SIDE)  # flat beyond
-    samples = max(1, 4 * SIDE // rows)
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, rows, columns, generator=g, dtype=torch.float64)
-    energy = torch.linalg.eigvalsh(x @ x.mT).flip(-1).mean(0)
-    kept = torch.cat([energy.new_zeros(1), energy.cumsum(0)]) / energy.sum()
+    kept = _kept(rows, min(round(long / scale), 64 * SIDE))  # flat beyond
     low, part = divmod(rank * rows / short, 1)
     share = float(kept[int(low)] + part * (kept[min(int(low) + 1, rows)] - kept[int(low)]))
     return math.sqrt(max(0.0, 1.0 - share))
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(rows: int, columns: int) -> Tensor:
+    """Share of a Gaussian matrix's energy that its leading 0, 1, 2 ... directions keep."""
+    samples = max(1, 2 * SIDE // rows)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, rows, columns, generator=g, dtype=torch.float64)
+    energy = torch.linalg.eigvalsh(x @ x.mT).flip(-1).mean(0)
+    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]) / energy.sum()
 
 
 def simulated(family: type[AbstractFamily], n: int, m: int, hyper: Mapping[str, Any]) -> float:

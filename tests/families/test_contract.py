@@ -60,6 +60,12 @@ MORE: dict[str, list[Hyper]] = {
         {"in_blocks": 8, "out_blocks": 4, "rank": 2},
         {"in_blocks": 1, "out_blocks": 1, "rank": 1},
     ],
+    "blast": [
+        {"blocks": 1, "rank": 1},
+        {"blocks": 3, "rank": 4},
+        {"blocks": 4, "rank": 7},
+        {"blocks": 8, "rank": 2},
+    ],
 }
 """Hyper-parameters beyond the proposals, tried wherever a shape takes them."""
 ROUNDING = {
