@@ -451,8 +451,6 @@ REFUSED_WEIGHTS = {
     "gram-shape": (weight_of(24, 40), torch.eye(23), "GRAM_SHAPE"),
     "gram-nan": (weight_of(24, 40), torch.full((24, 24), float("nan")), "GRAM_NONFINITE"),
     "gram-complex": (weight_of(24, 40), torch.eye(24).to(torch.complex64), "GRAM_DTYPE"),
-    "gram-negative": (weight_of(24, 40), -torch.eye(24), "GRAM_INDEFINITE"),
-    "gram-lopsided": (weight_of(24, 40), torch.ones(24, 24).triu(), "GRAM_ASYMMETRIC"),
     "meta": (torch.zeros(40, 24, device="meta"), None, "LAYOUT"),
     "huge": (1e200 * weight_of(24, 40), None, "RANGE"),
     "tiny": (1e-200 * weight_of(24, 40), None, "RANGE"),
