@@ -34,6 +34,7 @@ from structc.forms import (
     PackedDense,
     Permute,
     Select,
+    Shared,
     Sparse,
     Tile,
 )
@@ -185,6 +186,8 @@ def matrix_of(step: Any, factors: list[Tensor]) -> Tensor:
                 rows = [(al * b + be) * d + de for be in range(b)]
                 columns = [(al * c + ga) * d + de for ga in range(c)]
                 out[torch.tensor(rows)[:, None], torch.tensor(columns)] = w[al, :, :, de]
+    elif isinstance(step, Shared):
+        out = torch.kron(torch.eye(step.a).double(), torch.kron(wide[0], torch.eye(step.d).double()))
     elif isinstance(step, Permute):
         order = [i * step.q + j for j in range(step.q) for i in range(step.p)]
         out[range(len(order)), order] = 1.0
