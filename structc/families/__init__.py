@@ -7,6 +7,7 @@ contract test suite.
 from __future__ import annotations
 
 from structc.families.base import AbstractFamily, AbstractStructured
+from structc.families.blast import Blast
 from structc.families.dense import Dense
 from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
@@ -15,6 +16,7 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     Dense,
     LowRank,
     Monarch,
+    Blast,
 )
 BY_NAME: dict[str, type[AbstractFamily]] = {family.name: family for family in FAMILIES}
 
@@ -23,6 +25,7 @@ __all__ = [
     "FAMILIES",
     "AbstractFamily",
     "AbstractStructured",
+    "Blast",
     "Dense",
     "LowRank",
     "Monarch",

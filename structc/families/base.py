@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from structc import ops
 from structc.forms import Act, Bias, Form, Tile
 from structc.numerics import weighted_error
-from structc.records import Hyper, Refusal
+from structc.records import Hyper
 
 
 class AbstractFamily(nn.Module, abc.ABC):
@@ -27,12 +28,21 @@ class AbstractFamily(nn.Module, abc.ABC):
     Laws (the contract suite checks them for every line of ``FAMILIES``):
         ``module(x) == x @ module.to_dense().T + bias`` up to rounding;
         ``module.form() == type(module).form_of(in, out, module.hyper(), bias, activation)``;
-        ``fit`` returns a family or a :class:`Refusal`, never raises for a weight's values;
-        with a Gram, ``fit`` is at or below the unweighted fit in ``weighted_error``.
+        ``fit`` returns a family or a :class:`~structc.records.Refusal`, never raises for a
+        weight's values (:func:`structc.families.fits.analytic` sees to that);
+        with a Gram, ``fit`` is at or below the unweighted fit in ``weighted_error``;
+        a weight of the class is found again if ``finds_members`` says so.
+
+    Attributes:
+        fit_error: relative output error that ``fit`` reached, under its Gram and on the factors as
+            they are stored; NaN for a module that was not fitted.
     """
 
     name: ClassVar[str]
+    finds_members: ClassVar[bool] = True
+    """Whether ``fit`` finds a weight of the class again to rounding, or only a local optimum."""
     bias: nn.Parameter | None
+    fit_error: float = math.nan
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -55,6 +65,24 @@ class AbstractFamily(nn.Module, abc.ABC):
     @abc.abstractmethod
     def empty(cls, in_features: int, out_features: int, hyper: Hyper, dtype: torch.dtype) -> Self:
         """A module of the right shapes with uninitialised factors, to load a state into."""
+
+    @classmethod
+    @abc.abstractmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        """The error that an unweighted fit reaches on a Gaussian matrix, by formula or sampled."""
+
+    @classmethod
+    def null(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        """:meth:`gaussian_error`, computed once for a size.
+
+        A fit at its null has found nothing: only what it gains below shows structure in a weight.
+        Data count as structure too, for inputs that do not vary need no weights.
+        """
+        return _null(cls, in_features, out_features, tuple(hyper.items()))
+
+    def null_error(self) -> float:
+        """The null of this module's size and hyper-parameters."""
+        return self.null(self.in_features, self.out_features, self.hyper())
 
     @classmethod
     def hyper_names(cls) -> tuple[str, ...]:
@@ -134,6 +162,13 @@ class AbstractStructured(AbstractFamily):
 
 
 @functools.lru_cache(maxsize=4096)
+def _null(
+    family: type[AbstractFamily], n: int, m: int, hyper: tuple[tuple[str, int], ...]
+) -> float:
+    return family.gaussian_error(n, m, dict(hyper))
+
+
+@functools.lru_cache(maxsize=4096)
 def _program(
     family: type[AbstractFamily], n: int, m: int, hyper: tuple[tuple[str, int], ...], bias: bool
 ) -> str:
@@ -172,31 +207,6 @@ def with_epilogue(program: Tile, *, bias: bool, activation: str) -> Tile:
     if bias:
         program = program.then(Bias(program.out_features))
     return program.then(Act(activation, program.out_features)) if activation else program
-
-
-def refuse_weight(family: str, weight: Tensor, gram: Tensor | None) -> Refusal | None:
-    """The refusals that every fit shares: no matrix, no elements, wrong dtype, not finite."""
-
-    def refuse(code: str, reason: str) -> Refusal:
-        return Refusal(site="", family=family, code=code, reason=reason)
-
-    if weight.dim() != 2:
-        return refuse("NOT_A_MATRIX", f"the weight has {weight.dim()} dimensions, 2 are needed")
-    if weight.numel() == 0:
-        return refuse("EMPTY", f"the weight is {tuple(weight.shape)}: nothing to compute")
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        return refuse("DTYPE", f"weights of {weight.dtype} are not fitted")
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        where = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
-        return refuse("NONFINITE", f"{bad} weights are NaN or infinite, the first at {where}")
-    if gram is not None:
-        n = weight.shape[1]
-        if tuple(gram.shape) != (n, n):
-            return refuse("GRAM_SHAPE", f"Gram is {tuple(gram.shape)}, the weight wants {(n, n)}")
-        if not bool(torch.isfinite(gram).all()):
-            return refuse("GRAM_NONFINITE", "the calibration Gram matrix is not finite")
-    return None
 
 
 def ranks_for(

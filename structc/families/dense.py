@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from structc import ops
-from structc.families.base import AbstractFamily, refuse_weight
+from structc.families.base import AbstractFamily
+from structc.families.fits import check_tensors, refuse_weight
 from structc.forms import PackedDense
 from structc.records import Hyper, Refusal
 
@@ -54,8 +55,17 @@ class Dense(AbstractFamily):
     @classmethod
     def fit(cls, weight: Tensor, gram: Tensor | None = None) -> Self | Refusal:
         """The weight itself; the Gram does not matter."""
+        check_tensors(f"{cls.__name__}.fit", weight, gram)
         refusal = refuse_weight(cls.name, weight, None)
-        return refusal if refusal and refusal.code != "NONFINITE" else cls(weight)
+        if refusal and refusal.code not in ("NONFINITE", "RANGE"):
+            return refusal
+        made = cls(weight)
+        made.fit_error = 0.0
+        return made
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        return 0.0
 
     def hyper(self) -> Hyper:
         return {}

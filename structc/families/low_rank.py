@@ -12,9 +12,9 @@ from structc.families.base import (
     AbstractStructured,
     balanced,
     ranks_for,
-    refuse_weight,
     with_epilogue,
 )
+from structc.families.fits import analytic, gaussian_tail, refuse_rank
 from structc.forms import Block, Tile
 from structc.records import Hyper, Refusal
 
@@ -66,6 +66,7 @@ class LowRank(AbstractStructured):
         )
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None, *, rank: int) -> Self | Refusal:
         """The rank-r matrix of least output error ``||(W - M) C^(1/2)||_F``: a global optimum.
 
@@ -74,14 +75,15 @@ class LowRank(AbstractStructured):
             gram: ``E[x x^T]``, ``(n, n)``, positive semidefinite; None is the identity.
             rank: 1 .. min(m, n).
         """
-        if refusal := refuse_weight(cls.name, weight, gram):
+        if refusal := refuse_rank(cls.name, rank, min(weight.shape)):
             return refusal
-        if not 1 <= rank <= min(weight.shape):
-            return Refusal("", cls.name, "RANK", f"rank {rank} is not in 1..{min(weight.shape)}")
-        w = weight.detach().double()
-        basis = _basis(w, None if gram is None else gram.double())[0][:, -rank:]
-        u, v = balanced(basis, basis.mT @ w)
-        return cls(v.to(weight.dtype).contiguous(), u.to(weight.dtype).contiguous())
+        basis = _basis(weight, gram)[0][:, -rank:]
+        u, v = balanced(basis, basis.mT @ weight)
+        return cls(v, u)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        return gaussian_tail(out_features, in_features, hyper["rank"])
 
     @classmethod
     def curve(cls, weight: Tensor, gram: Tensor | None, ranks: Sequence[int]) -> list[float]:

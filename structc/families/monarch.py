@@ -12,9 +12,9 @@ from structc.families.base import (
     AbstractStructured,
     balanced,
     ranks_for,
-    refuse_weight,
     with_epilogue,
 )
+from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
 from structc.forms import Block, Permute, Tile
 from structc.records import Hyper, Refusal
 
@@ -80,6 +80,7 @@ class Monarch(AbstractStructured):
         )
 
     @classmethod
+    @analytic
     def fit(
         cls,
         weight: Tensor,
@@ -101,17 +102,23 @@ class Monarch(AbstractStructured):
             in_blocks, out_blocks: the grid; they must divide n and m.
             rank: of each block, 1 .. min(n / in_blocks, m / out_blocks).
         """
-        if refusal := refuse_weight(cls.name, weight, gram) or _refuse_grid(
-            weight, in_blocks, out_blocks, rank
+        m, n = weight.shape
+        refusal = refuse_grid(cls.name, weight, in_blocks, out_blocks)
+        if refusal or (
+            refusal := refuse_rank(cls.name, rank, min(n // in_blocks, m // out_blocks))
         ):
             return refusal
-        wb = _blocks(weight.detach().double(), in_blocks, out_blocks)
+        wb = _blocks(weight, in_blocks, out_blocks)
         factors = _project(wb, rank)
         if gram is not None:
-            factors = _descend(wb, gram.double(), rank, factors)
+            factors = _descend(wb, gram, rank, factors)
         p, q = balanced(*factors)  # (k, j, l, r), (k, j, r, i)
-        w2 = p.permute(1, 2, 3, 0).contiguous()
-        return cls(q.to(weight.dtype).contiguous(), w2.to(weight.dtype))
+        return cls(q, p.permute(1, 2, 3, 0))
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        k, j, r = hyper["in_blocks"], hyper["out_blocks"], hyper["rank"]
+        return gaussian_tail(out_features // j, in_features // k, r)
 
     @classmethod
     def output_blocks(cls, hyper: Hyper) -> int:
@@ -134,18 +141,6 @@ class Monarch(AbstractStructured):
 
 Factors = tuple[Tensor, Tensor]
 """Of all blocks: P (k, j, l, r) and Q (k, j, r, i); block (a, b) is P[a, b] @ Q[a, b]."""
-
-
-def _refuse_grid(weight: Tensor, k: int, j: int, rank: int) -> Refusal | None:
-    m, n = weight.shape
-    if k < 1 or j < 1 or n % k or m % j:
-        return Refusal(
-            "", Monarch.name, "GRID", f"a {k} x {j} grid does not divide {n} inputs, {m} outputs"
-        )
-    most = min(n // k, m // j)
-    if not 1 <= rank <= most:
-        return Refusal("", Monarch.name, "RANK", f"rank {rank} is not in 1..{most}")
-    return None
 
 
 def _blocks(w: Tensor, k: int, j: int) -> Tensor:
