@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Hyper = Mapping[str, int]
-"""What a family needs besides the weight: ``{"rank": 96}``; empty for dense."""
+Hyper = Mapping[str, Any]
+"""What a family needs besides the weight, numbers and words: ``{"rank": 96}``; empty for dense."""
 
 
 @dataclass(frozen=True)

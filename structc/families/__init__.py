@@ -8,15 +8,33 @@ from __future__ import annotations
 
 from structc.families.base import AbstractFamily, AbstractStructured
 from structc.families.blast import Blast
+from structc.families.circulant import Circulant
 from structc.families.dense import Dense
+from structc.families.diagonal import Diagonal
+from structc.families.displacement import Displacement
+from structc.families.hankel import Hankel
 from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
+from structc.families.product import Product
+from structc.families.selection import Selection
+from structc.families.sum import Sum
+from structc.families.toeplitz import Toeplitz
+from structc.families.transform import Transform
 
 FAMILIES: tuple[type[AbstractFamily], ...] = (
     Dense,
     LowRank,
     Monarch,
     Blast,
+    Circulant,
+    Toeplitz,
+    Hankel,
+    Displacement,
+    Diagonal,
+    Selection,
+    Transform,
+    Product,
+    Sum,
 )
 BY_NAME: dict[str, type[AbstractFamily]] = {family.name: family for family in FAMILIES}
 
@@ -26,7 +44,16 @@ __all__ = [
     "AbstractFamily",
     "AbstractStructured",
     "Blast",
+    "Circulant",
     "Dense",
+    "Diagonal",
+    "Displacement",
+    "Hankel",
     "LowRank",
     "Monarch",
+    "Product",
+    "Selection",
+    "Sum",
+    "Toeplitz",
+    "Transform",
 ]

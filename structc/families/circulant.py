@@ -8,8 +8,9 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
-from structc.families.base import AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractStructured, with_epilogue
 from structc.families.diagonal import refuse_rectangular
+from structc.families.fits import analytic
 from structc.families.toeplitz import diagonal_sums
 from structc.forms import Convolve, Tile
 from structc.records import Hyper, Refusal
@@ -57,6 +58,7 @@ class Circulant(AbstractStructured):
         return cls(torch.empty(in_features, dtype=dtype))
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None) -> Self | Refusal:
         """The circulant matrix of least output error: a global optimum.
 
@@ -65,20 +67,21 @@ class Circulant(AbstractStructured):
             gram: ``E[x x^T]``, ``(n, n)``; None is the identity. A frequency that the inputs do not
                 have keeps the value of the unweighted fit.
         """
-        if refusal := refuse_weight(cls.name, weight, gram) or refuse_rectangular(cls.name, weight):
+        if refusal := refuse_rectangular(cls.name, weight):
             return refusal
-        w = weight.detach().double()
-        n = len(w)
-        taps = wrapped_sums(w) / n
+        taps = wrapped_sums(weight) / len(weight)
         if gram is not None:
-            c = gram.double()
-            energy = torch.fft.fft(wrapped_sums(c.T)).real
+            energy = torch.fft.fft(wrapped_sums(gram)).real
             able = energy > FLAT * energy.max()
-            wanted = torch.fft.fft(wrapped_sums(w @ c))
+            wanted = torch.fft.fft(wrapped_sums(weight @ gram))
             plain = torch.fft.fft(taps)
             plain[able] = wanted[able] / energy[able]
             taps = torch.fft.ifft(plain).real
-        return cls(taps.to(weight.dtype))
+        return cls(taps)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        return (1 - 1 / in_features) ** 0.5
 
     def hyper(self) -> Hyper:
         return {}

@@ -107,8 +107,9 @@ def inlined(form: Tile, source: int | None, slot: int) -> tuple[list[Step], int]
     own = sorted({s.index for s in marks} - {0})
     places = {0: source or 0, **{index: slot + at for at, index in enumerate(own)}}
     for step in form.steps:
-        moves = isinstance(step, (Keep, Load, Add, Mul))
-        steps.append(replace(step, index=places[step.index]) if moves else step)  # type: ignore[call-arg,union-attr]
+        if isinstance(step, (Keep, Load, Add, Mul)):
+            step = replace(step, index=places[step.index])
+        steps.append(step)
     return steps, slot + len(own)
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
-from structc.families.base import AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractStructured, with_epilogue
+from structc.families.fits import analytic
 from structc.forms import Block, Tile
 from structc.records import Hyper, Refusal
 
@@ -50,6 +51,7 @@ class Diagonal(AbstractStructured):
         return cls(torch.empty(in_features, dtype=dtype))
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None) -> Self | Refusal:
         """The diagonal matrix of least output error; a feature without energy keeps W_ii.
 
@@ -57,15 +59,18 @@ class Diagonal(AbstractStructured):
             weight: ``(n, n)``, any floating dtype.
             gram: ``E[x x^T]``, ``(n, n)``; None is the identity.
         """
-        if refusal := refuse_weight(cls.name, weight, gram) or refuse_rectangular(cls.name, weight):
+        if refusal := refuse_rectangular(cls.name, weight):
             return refusal
-        w = weight.detach().double()
-        scale = w.diagonal().clone()
+        scale = weight.diagonal().clone()
         if gram is not None:
-            energy = gram.double().diagonal()
+            energy = gram.diagonal()
             able = energy > 0
-            scale[able] = torch.einsum("ij,ji->i", w, gram.double())[able] / energy[able]
-        return cls(scale.to(weight.dtype))
+            scale[able] = torch.einsum("ij,ji->i", weight, gram)[able] / energy[able]
+        return cls(scale)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        return (1 - 1 / in_features) ** 0.5
 
     def hyper(self) -> Hyper:
         return {}

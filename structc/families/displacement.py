@@ -9,14 +9,16 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
-from structc.families.base import AbstractStructured, balanced, refuse_weight, with_epilogue
+from structc.families.base import AbstractStructured, balanced, with_epilogue
 from structc.families.circulant import wrapped_sums
 from structc.families.diagonal import refuse_rectangular
+from structc.families.fits import analytic, refuse_rank, simulated
 from structc.families.toeplitz import diagonal_sums
 from structc.forms import Displace, Tile
 from structc.records import Hyper, Refusal
 
 SWEEPS, PROGRESS = 12, 1e-3
+SAMPLED = 128
 STEPS = 6
 """Of conjugate gradients for H in a sweep, where data weigh the columns."""
 WORK = 2.0e9
@@ -75,6 +77,7 @@ class Displacement(AbstractStructured):
         return cls(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None, *, rank: int) -> Self | Refusal:
         """Truncate the displacement, then alternate exact steps; the error never rises.
 
@@ -83,16 +86,23 @@ class Displacement(AbstractStructured):
             gram: ``E[x x^T]``, ``(n, n)``; None is the identity.
             rank: of the displacement, 1 .. n.
         """
-        if refusal := refuse_weight(cls.name, weight, gram) or refuse_rectangular(cls.name, weight):
+        if refusal := refuse_rectangular(cls.name, weight) or refuse_rank(
+            cls.name, rank, len(weight)
+        ):
             return refusal
-        n = len(weight)
-        if not 1 <= rank <= n:
-            return Refusal("", cls.name, "RANK", f"rank {rank} is not in 1..{n}")
-        w = weight.detach().double()
-        c = None if gram is None else gram.double()
-        g, h = _refined(w, c, _truncated(w, rank))
+        start = _truncated(weight, rank)
+        if gram is not None and len(weight) <= LARGE:  # from where the unweighted fit ends
+            start = _refined(weight, None, start)
+        g, h = _refined(weight, gram, start)
         left, right = balanced(g.mT, h)
-        return cls(left.mT.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous())
+        return cls(left.mT, right)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        """Sampled at 128 features at most, with the same share of parameters."""
+        small = min(in_features, SAMPLED)
+        rank = max(1, round(hyper["rank"] * small / in_features))
+        return simulated(cls, small, small, {"rank": rank})
 
     def hyper(self) -> Hyper:
         return {"rank": len(self.g)}

@@ -153,6 +153,7 @@ def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> Abstra
             reason = f"factor {name} goes up to {largest:.1e}, {weight.dtype} cannot hold that"
             return Refusal("", made.name, "OVERFLOW", reason)
         parameter.data = value
+    made.to(weight.dtype)  # what is no parameter
     made.fit_error = weighted_error(weight, made.to_dense(), gram)
     return made
 

@@ -8,7 +8,8 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
-from structc.families.base import AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractStructured, with_epilogue
+from structc.families.fits import analytic
 from structc.families.toeplitz import best_taps, spread
 from structc.forms import Convolve, Flip, Tile
 from structc.records import Hyper, Refusal
@@ -50,6 +51,7 @@ class Hankel(AbstractStructured):
         return cls(torch.empty(in_features + out_features - 1, dtype=dtype), in_features)
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None) -> Self | Refusal:
         """The Hankel matrix of least output error: a global optimum.
 
@@ -57,11 +59,13 @@ class Hankel(AbstractStructured):
             weight: ``(m, n)``, any floating dtype.
             gram: ``E[x x^T]``, ``(n, n)``; None is the identity.
         """
-        if refusal := refuse_weight(cls.name, weight, gram):
-            return refusal
-        turned = None if gram is None else gram.double().flip(0, 1)
-        taps = best_taps(weight.detach().double().flip(1), turned)
-        return cls(taps.to(weight.dtype), weight.shape[1])
+        turned = None if gram is None else gram.flip(0, 1)
+        return cls(best_taps(weight.flip(1), turned), weight.shape[1])
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        free = in_features + out_features - 1
+        return (1 - free / (in_features * out_features)) ** 0.5
 
     def hyper(self) -> Hyper:
         return {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from structc.families.base import AbstractFamily, AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractFamily, AbstractStructured, with_epilogue
 from structc.families.composition import empty_parts, forms_of, in_turn, part_of, written
+from structc.families.fits import analytic
 from structc.forms import Tile
 from structc.records import Hyper, Refusal
 
@@ -58,6 +60,7 @@ class Product(AbstractStructured):
         return cls(empty_parts(hyper["parts"], dtype))
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None, *, parts: str) -> Self | Refusal:
         """A Refusal, always.
 
@@ -65,10 +68,12 @@ class Product(AbstractStructured):
             weight, gram: as for any family.
             parts: their text.
         """
-        if refusal := refuse_weight(cls.name, weight, gram):
-            return refusal
         reason = "products are recognised where they are exact, not fitted"
         return Refusal("", cls.name, "NO_FIT", reason)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        return math.nan  # nothing is fitted
 
     def hyper(self) -> Hyper:
         return {"parts": self._text}

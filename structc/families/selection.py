@@ -8,7 +8,8 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from structc.families.base import AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractStructured, with_epilogue
+from structc.families.fits import analytic, simulated
 from structc.forms import Select, Tile
 from structc.records import Hyper, Refusal
 
@@ -30,6 +31,7 @@ class Selection(AbstractStructured):
     """
 
     name: ClassVar[str] = "selection"
+    scales: ClassVar[bool] = False
     index: Tensor
     like: Tensor
 
@@ -54,6 +56,7 @@ class Selection(AbstractStructured):
         return cls(torch.zeros(out_features, dtype=torch.int64), in_features, dtype)
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None) -> Self | Refusal:
         """The selection of least output error, a global optimum.
 
@@ -61,11 +64,12 @@ class Selection(AbstractStructured):
             weight: ``(m, n)``, any floating dtype.
             gram: ``E[x x^T]``, ``(n, n)``; None is the identity.
         """
-        if refusal := refuse_weight(cls.name, weight, gram):
-            return refusal
-        w = weight.detach().double()
-        gain = 2 * w - 1 if gram is None else 2 * w @ gram.double() - gram.double().diagonal()
+        gain = 2 * weight if gram is None else 2 * weight @ gram - gram.diagonal()
         return cls(gain.argmax(1), weight.shape[1], weight.dtype)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        return simulated(cls, in_features, min(out_features, 256), hyper)
 
     def hyper(self) -> Hyper:
         return {}

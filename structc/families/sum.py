@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structc.errors import InternalError
-from structc.families.base import AbstractFamily, AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractFamily, AbstractStructured, with_epilogue
 from structc.families.composition import (
     beside,
     empty_parts,
@@ -18,6 +18,7 @@ from structc.families.composition import (
     read,
     written,
 )
+from structc.families.fits import analytic, simulated
 from structc.forms import Tile
 from structc.numerics import weighted_error
 from structc.records import Hyper, Refusal
@@ -44,6 +45,7 @@ class Sum(AbstractStructured):
     """
 
     name: ClassVar[str] = "sum"
+    finds_members: ClassVar[bool] = False
 
     def __init__(self, parts: Sequence[AbstractFamily]) -> None:
         sizes = {(p.in_features, p.out_features) for p in parts}
@@ -69,6 +71,7 @@ class Sum(AbstractStructured):
         return cls(empty_parts(hyper["parts"], dtype))
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None, *, parts: str) -> Self | Refusal:
         """Alternate fits of the parts; a step that does not lower the error is not taken.
 
@@ -78,16 +81,20 @@ class Sum(AbstractStructured):
             parts: text of the parts, ``"monarch(64,64,in_blocks=4,out_blocks=4,rank=2);
                 low_rank(64,64,rank=8)"``.
         """
-        if refusal := refuse_weight(cls.name, weight, gram):
-            return refusal
         fits = _fits(parts, weight)
         if isinstance(fits, Refusal):
             return fits
-        w = weight.detach().double()
-        found = _alternate(w, gram, fits)
-        if isinstance(found, Refusal):
-            return found
-        return cls([part.to(weight.dtype) for part in found])
+        found = _alternate(weight, None, gram, fits)
+        if isinstance(found, Refusal) or gram is None:
+            return found if isinstance(found, Refusal) else cls(found)
+        aware = _alternate(weight, gram, gram, fits)
+        if isinstance(aware, Refusal):
+            return aware
+        return min((cls(found), cls(aware)), key=lambda made: made.error(weight, gram))
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        return simulated(cls, in_features, out_features, hyper)
 
     def hyper(self) -> Hyper:
         return {"parts": self._text}
@@ -126,12 +133,12 @@ def _fits(text: str, weight: Tensor) -> list[Fit] | Refusal:
 
 
 def _alternate(
-    w: Tensor, gram: Tensor | None, fits: Sequence[Fit]
+    w: Tensor, data: Tensor | None, gram: Tensor | None, fits: Sequence[Fit]
 ) -> list[AbstractFamily] | Refusal:
     parts: list[AbstractFamily] = []
     values: list[Tensor] = []
     for fit in fits:
-        part = fit(w - sum(values, torch.zeros_like(w)), gram)
+        part = fit(w - sum(values, torch.zeros_like(w)), data)
         if isinstance(part, Refusal):
             return part
         parts.append(part)
@@ -141,7 +148,7 @@ def _alternate(
         before = error
         for at, fit in enumerate(fits):
             others = sum((v for i, v in enumerate(values) if i != at), torch.zeros_like(w))
-            part = fit(w - others, gram)
+            part = fit(w - others, data)
             if isinstance(part, Refusal):
                 continue
             value = part.to_dense().detach()

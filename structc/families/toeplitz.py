@@ -9,7 +9,8 @@ import torch
 from scipy import linalg
 from torch import Tensor, nn
 
-from structc.families.base import AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractStructured, with_epilogue
+from structc.families.fits import analytic
 from structc.forms import Convolve, Tile
 from structc.records import Hyper, Refusal
 
@@ -56,6 +57,7 @@ class Toeplitz(AbstractStructured):
         return cls(torch.empty(in_features + out_features - 1, dtype=dtype), in_features)
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None) -> Self | Refusal:
         """The Toeplitz matrix of least output error: a global optimum.
 
@@ -64,10 +66,12 @@ class Toeplitz(AbstractStructured):
             gram: ``E[x x^T]``, ``(n, n)``; None is the identity. Where the inputs say nothing about
                 a combination of taps, that of the unweighted fit stays.
         """
-        if refusal := refuse_weight(cls.name, weight, gram):
-            return refusal
-        taps = best_taps(weight.detach().double(), None if gram is None else gram.double())
-        return cls(taps.to(weight.dtype), weight.shape[1])
+        return cls(best_taps(weight, gram), weight.shape[1])
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        free = in_features + out_features - 1
+        return (1 - free / (in_features * out_features)) ** 0.5
 
     def hyper(self) -> Hyper:
         return {}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from structc import forms
-from structc.families.base import AbstractStructured, refuse_weight, with_epilogue
+from structc.families.base import AbstractStructured, with_epilogue
+from structc.families.fits import analytic
 from structc.forms import COMPLEX, TRANSFORMS, Tile
 from structc.records import Hyper, Refusal
 
@@ -37,6 +38,7 @@ class Transform(AbstractStructured):
     """
 
     name: ClassVar[str] = "transform"
+    scales: ClassVar[bool] = False
     like: Tensor
 
     def __init__(self, kind: str, n: int, dtype: torch.dtype | None = None) -> None:
@@ -64,6 +66,7 @@ class Transform(AbstractStructured):
         return cls(kind, out_features if kind == "irdft" else in_features, dtype)
 
     @classmethod
+    @analytic
     def fit(cls, weight: Tensor, gram: Tensor | None = None, *, kind: str) -> Self | Refusal:
         """The transform of the weight's size: there is nothing to choose.
 
@@ -72,8 +75,6 @@ class Transform(AbstractStructured):
             gram: does not matter.
             kind: one of :data:`structc.forms.TRANSFORMS`.
         """
-        if refusal := refuse_weight(cls.name, weight, gram):
-            return refusal
         m, n = weight.shape
         if kind not in TRANSFORMS:
             known = ", ".join(TRANSFORMS)
@@ -86,6 +87,13 @@ class Transform(AbstractStructured):
         if kind in COMPLEX:
             return Refusal("", cls.name, "DTYPE", f"{kind} is complex, the weight is real")
         return cls(kind, points, weight.dtype)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        """The error of a fixed matrix F against one of size 1: sqrt(1 + |F|^2 / (m n))."""
+        kind = str(hyper["kind"])
+        fixed = matrix(kind, out_features if kind == "irdft" else in_features)
+        return math.sqrt(1 + float(fixed.abs().square().mean()))
 
     def hyper(self) -> Hyper:
         return {"kind": self.kind}
