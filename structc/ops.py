@@ -218,6 +218,7 @@ def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> 
     rows = x.numel() // shape[-1] if shape[-1] else 0
     kernel = kernel_for(("tile", _backend(x), program, x.dtype), rows)
     if kernel is None or rows == 0:
+        _check_counts(program, inputs, weights)
         _check_dtypes(inputs)
         return [_fresh(tile_reference(x, weights, program, inputs[1:]), inputs)]
     features, many = _counts(program)

@@ -161,7 +161,7 @@ def sum_of(g: Tensor, h: Tensor) -> Tensor:
 
 
 def _matrix(g: Tensor, h: Tensor) -> Tensor:
-    """The same by FFTs: ``(K(Z_1, g) K(Z_-1, h)^T)^T`` has the rows of K(Z_-1, h) times K(Z_1, g)."""
+    """The same by FFTs: its transpose is K(Z_-1, h) K(Z_1, g)^T, each row times K(Z_1, g)."""
     made = g.new_zeros(g.shape[1], g.shape[1])
     for a, b in zip(g, h, strict=True):
         made += times(krylov(b, -1), a, 1)

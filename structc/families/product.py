@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import ClassVar, Self, final
@@ -38,7 +39,7 @@ class Product(AbstractStructured):
 
     def __init__(self, parts: Sequence[AbstractFamily]) -> None:
         sizes = [(p.in_features, p.out_features) for p in parts]
-        if not parts or any(a[1] != b[0] for a, b in zip(sizes, sizes[1:], strict=False)):
+        if not parts or any(a[1] != b[0] for a, b in itertools.pairwise(sizes)):
             raise ValueError(f"parts of sizes {sizes} do not follow each other")
         super().__init__(sizes[0][0], sizes[-1][1])
         self.parts = nn.ModuleList(parts)

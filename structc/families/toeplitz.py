@@ -98,8 +98,8 @@ def spread(taps: Tensor, n: int) -> Tensor:
 def best_taps(w: Tensor, gram: Tensor | None) -> Tensor:
     """The taps of least output error, float64 ``(m + n - 1,)``.
 
-    The correction of the unweighted taps solves ``A d = b`` with ``A[s, t] = sum_a C[a - s, a - t]``
-    and b the diagonal sums of ``(W - M) C``: a combination without energy stays as it was.
+    The correction of the unweighted taps solves ``A d = b`` with ``A[s, t] = sum_a C[a - s,
+    a - t]`` and b the diagonal sums of ``(W - M) C``: a combination without energy stays as it was.
     """
     m, n = w.shape
     taps = diagonal_sums(w) / diagonal_sums(torch.ones_like(w))

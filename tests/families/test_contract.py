@@ -113,12 +113,8 @@ DTYPES = {str(d).removeprefix("torch."): d for d in ROUNDING}
 def hypers(family: type[AbstractFamily], n: int, m: int) -> list[Hyper]:
     """The proposals at both ends, and what ``MORE`` has, as far as the shape takes it."""
     proposed = list(family.proposals(n, m))
-    tried = [
-        *proposed[:1],
-        *proposed[-1:],
-        *MORE.get(family.name, []),
-        *composed(family.name, n, m),
-    ]
+    more = [*MORE.get(family.name, []), *composed(family.name, n, m)]
+    tried = [*proposed[:1], *proposed[-1:], *more]
     kept: list[Hyper] = []
     for hyper in tried:
         made = family.fit(torch.ones(m, n), **hyper)
@@ -235,9 +231,8 @@ def matrix_of(step: Any, factors: list[Tensor]) -> Tensor:
                 columns = [(al * c + ga) * d + de for ga in range(c)]
                 out[torch.tensor(rows)[:, None], torch.tensor(columns)] = w[al, :, :, de]
     elif isinstance(step, Shared):
-        out = torch.kron(
-            torch.eye(step.a).double(), torch.kron(wide[0], torch.eye(step.d).double())
-        )
+        left, right = torch.eye(step.a).double(), torch.eye(step.d).double()
+        out = torch.kron(left, torch.kron(wide[0], right))
     elif isinstance(step, Permute):
         order = [i * step.q + j for j in range(step.q) for i in range(step.p)]
         out[range(len(order)), order] = 1.0
@@ -287,10 +282,9 @@ def _krylov(g: Tensor, corner: float) -> Tensor:
 
 def _named(kind: str, eye: Any, n: int) -> Any:
     if kind[:3] in ("dct", "dst"):
-        alone = np.full((1, 1), 2.0)  # the formula at one point, where SciPy has none
-        return (
-            alone if (n, kind) == (1, "dct1") else getattr(fft, kind[:3])(eye, int(kind[3]), axis=0)
-        )
+        if (n, kind) == (1, "dct1"):
+            return np.full((1, 1), 2.0)  # the formula at one point, where SciPy has none
+        return getattr(fft, kind[:3])(eye, int(kind[3]), axis=0)
     if kind == "hadamard":
         return linalg.hadamard(n)
     if kind == "haar":
@@ -405,8 +399,10 @@ def test_cost_is_what_the_reference_does(family, n, m, hyper) -> None:
             reference.dense_reference(x, factors[0], None)
         else:
             reference.tile_reference(x, factors, str(form))
-    if not isinstance(form, Tile) or not any(isinstance(s, SPECTRAL) for s in form.steps):
-        assert rows * form.flops == counter.get_total_flops()  # it counts no transform
+    steps = form.steps if isinstance(form, Tile) else ()
+    scales = sum(s.flops for s in steps if isinstance(s, Block) and s.b == s.c == 1 < s.a * s.d)
+    if not any(isinstance(s, SPECTRAL) for s in steps):  # of which the counter knows nothing
+        assert rows * (form.flops - scales) == counter.get_total_flops()
     assert form.params == sum(p.numel() for p in module.parameters())
 
 
@@ -474,14 +470,14 @@ def test_factors_share_the_scale(family, n, m, hyper) -> None:
         module = family.fit(weight, gram, **hyper)
         for factors in products(module):
             norms = [float(f.detach().norm()) for f in factors]
-            assert max(norms) < 1.001 * min(norms), norms
+            assert max(norms) < 1.001 * min(norms) + 1e-6, norms
         if blocks := module.output_blocks(hyper):
             size = m // blocks
             mix = torch.randn(blocks, size, size).double() * torch.logspace(-4, 4, size).double()
             module.mix_outputs(mix)
             for factors in products(module):
                 norms = [float(f.detach().norm()) for f in factors]
-                assert max(norms) < 1.001 * min(norms), norms
+                assert max(norms) < 1.001 * min(norms) + 1e-6, norms
 
 
 @pytest.mark.parametrize("family", [f for f in FITTED if f.name != "sum"], ids=str)
@@ -665,7 +661,8 @@ def test_half_precision_overflow_is_refused_not_infinite(family) -> None:
     for hyper in hypers(family, 24, 40):
         module = family.fit(weight, gram_of(24, "mild"), **hyper)
         if isinstance(module, Refusal):
-            assert module.code == "OVERFLOW" and "float16" in module.reason
+            assert module.code in ("OVERFLOW", "NO_FIT")
+            assert "float16" in module.reason or module.code == "NO_FIT"
         else:
             assert all(bool(torch.isfinite(f).all()) for f in module.factors())
 
@@ -674,15 +671,18 @@ def test_half_precision_overflow_is_refused_not_infinite(family) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
+@pytest.mark.parametrize("family", FITTED, ids=FITTED_IDS)
 def test_a_fit_carries_the_error_of_what_it_stores(family, dtype) -> None:
-    weight, gram = weight_of(24, 40).to(dtype), gram_of(24, "mild")
-    for hyper in hypers(family, 24, 40):
+    n, m = home(family)
+    weight, gram = weight_of(n, m).to(dtype), gram_of(n, "mild")
+    for hyper in hypers(family, n, m):
         for used in (None, gram):
             module = fitted(family.fit(weight, used, **hyper))
             expected = weighted_error(weight, explicit(module), used)
-            assert module.fit_error == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert torch.isnan(torch.tensor(random_member(family, 24, 40, hyper).fit_error))
+            assert module.fit_error == pytest.approx(
+                expected, rel=max(1e-3, torch.finfo(dtype).eps), abs=1e-6
+            )
+    assert torch.isnan(torch.tensor(random_member(family, n, m, hyper).fit_error))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
@@ -743,8 +743,9 @@ def test_to_dense_is_affine_in_each_factor(family, n, m, hyper) -> None:
 
 def test_every_structured_family_gives_its_weight_back() -> None:
     for family in FAMILIES:
-        module = random_member(family, 24, 40, hypers(family, 24, 40)[0])
+        n, m = home(family)
+        module = random_member(family, n, m, hypers(family, n, m)[0])
         if isinstance(module, AbstractStructured):
-            assert module.weight.shape == (40, 24)
+            assert module.weight.shape == (m, n)
             module.transposed = True
             assert torch.equal(module.weight, module.to_dense().T)
