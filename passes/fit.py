@@ -69,8 +69,8 @@ def fit_candidates(
     candidates = []
     for family, hyper, price in proposals:
         key = _key(family, hyper)
-        if family == Dense.name:
-            errors[key] = 0.0
+        if family == Dense.name or objective.is_known(family, hyper):
+            errors[key] = 0.0  # but for rounding
         if key not in errors:
             module = objective.fit(family, hyper)
             if isinstance(module, Refusal):
@@ -118,7 +118,8 @@ def materialise(
         return Refusal(site.name, family, module.code, module.reason)
     if old is not None:
         new = old.detach().double()
-        if profile is not None and site.group in profile.stats:
+        exact = objective.is_known(family, hyper)
+        if not exact and profile is not None and site.group in profile.stats:
             gap = objective.weight.double() - module.to_dense().detach().double()
             new = new + gap @ profile.stats[site.group].mean
         module.bias = nn.Parameter(new.to(old.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import threading
 import weakref
@@ -32,14 +33,23 @@ class Objective:
         weight: W, ``(m, n)``.
         gram: C, centred if a bias takes the mean; None is the identity.
         out_gram: G, ``(m, m)``, of full rank; None is the identity.
+        known: the structure that W has exactly, if it has one.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor | None, out_gram: Tensor | None) -> None:
-        self.weight, self.gram, self.out_gram = weight, gram, out_gram
+    def __init__(
+        self,
+        weight: Tensor,
+        gram: Tensor | None,
+        out_gram: Tensor | None,
+        known: AbstractFamily | None = None,
+    ) -> None:
+        self.weight, self.gram, self.out_gram, self.known = weight, gram, out_gram, known
         self._whole: tuple[Tensor, Tensor] | None = None
 
     def fit(self, family: str, hyper: Hyper) -> AbstractFamily | Refusal:
-        """Fit one family."""
+        """Fit one family; what the weight is exactly needs no fit."""
+        if self.known is not None and self.is_known(family, hyper):
+            return copy.deepcopy(self.known).to(self.weight.dtype)
         kind = BY_NAME[family]
         fit: Callable[..., AbstractFamily | Refusal] = kind.fit  # type: ignore[attr-defined]
         blocks = kind.output_blocks(hyper)
@@ -53,6 +63,11 @@ class Objective:
             return module
         module.mix_outputs(inverse)
         return module.to(self.weight.dtype)
+
+    def is_known(self, family: str, hyper: Hyper) -> bool:
+        """Whether these are the family and the hyper-parameters that W has exactly."""
+        known = self.known
+        return known is not None and (known.name, known.hyper()) == (family, dict(hyper))
 
     def error(self, module: AbstractFamily) -> float:
         """``||G^(1/2) (W - M) C^(1/2)|| / ||G^(1/2) W C^(1/2)||``, on the factors as stored."""
@@ -92,8 +107,13 @@ class Objectives:
     memory. Sites of one group share a Gram matrix for as long as any of their objectives lives.
     """
 
-    def __init__(self, captured: Captured, profile: Profile | None) -> None:
-        self.captured, self.profile = captured, profile
+    def __init__(
+        self,
+        captured: Captured,
+        profile: Profile | None,
+        known: Mapping[str, AbstractFamily] | None = None,
+    ) -> None:
+        self.captured, self.profile, self.known = captured, profile, known or {}
         self._limit = settings.current().memory_mb * 1e6 / SHARE
         self._kept: OrderedDict[str, Objective] = OrderedDict()
         self._grams: weakref.WeakValueDictionary[tuple[str, bool], Tensor]
@@ -118,7 +138,8 @@ class Objectives:
             gram = gram_of(site, self.profile)
             if gram is not None:
                 self._grams[key] = gram
-        return Objective(weight_of(self.captured, site), gram, out_grams.get(site.name))
+        weight, known = weight_of(self.captured, site), self.known.get(site.name)
+        return Objective(weight, gram, out_grams.get(site.name), known)
 
     def _held(self) -> int:
         grams = {id(o.gram): o.gram.nbytes for o in self._kept.values() if o.gram is not None}

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from structc import settings
+from structc.families import AbstractFamily
 from structc.options import Log, Options
 from structc.passes.calibrate import Parts, calibrate
 from structc.passes.curvature import output_grams
+from structc.passes.exact import recognised
 from structc.passes.fit import fit_candidates, one_thread_each
 from structc.passes.objective import Objectives
 from structc.passes.select import Table
@@ -51,6 +53,16 @@ def calibrated(
     return profile
 
 
+def known_structures(
+    captured: Captured, sites: Sites, options: Options, notes: Log
+) -> dict[str, AbstractFamily]:
+    """The structures that weights have exactly; each is told in the notes."""
+    found = recognised(captured, sites, options.progress)
+    for name, recognition in found.items():
+        notes.notes.append(f"{name}: {recognition.words}")
+    return {name: recognition.family for name, recognition in found.items()}
+
+
 def reached(sites: Sites, profile: Profile | None, notes: Log) -> Sites:
     """Leave out layers that no calibration data reached: nothing says what they may lose."""
     if profile is None:
@@ -71,7 +83,11 @@ def fitted(
     notes: Log,
 ) -> Table:
     """The candidates of every site, with errors; sites in parallel."""
-    jobs = [(site, worth_fitting(site, prices, options, notes)) for site in sites.linear]
+    known = objectives.known
+    jobs = [
+        (site, worth_fitting(site, prices, options, notes, known.get(site.name)))
+        for site in sites.linear
+    ]
 
     def one(job: tuple[LinearSite, list[Any]]) -> tuple[list[Candidate], list[Refusal]]:
         return fit_candidates(objectives, job[0], job[1], work)

@@ -18,8 +18,8 @@ from structc.boundary import check_interrupt
 from structc.budget import Budget
 from structc.codegen.autotune import EFFORTS
 from structc.errors import ConfigError
-from structc.families import BY_NAME, FAMILIES, Dense
-from structc.records import Call, LinearSite, Refusal, Sites
+from structc.families import BY_NAME, FAMILIES, AbstractFamily, Dense
+from structc.records import Call, Hyper, LinearSite, Refusal, Sites
 from structc.workdir import hash_calls, hash_source, hash_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -172,9 +172,17 @@ def forced(site: LinearSite, options: Options) -> tuple[bool, Any] | None:
     return None
 
 
-def proposals(site: LinearSite, options: Options) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Families and hyper-parameters to price at a site; dense is always the first."""
+def proposals(
+    site: LinearSite, options: Options, known: AbstractFamily | None = None
+) -> Iterator[tuple[str, Hyper]]:
+    """Families and hyper-parameters to price at a site; dense is always the first.
+
+    Args:
+        known: the structure that the weight has exactly; it is proposed in every tier.
+    """
     yield Dense.name, {}
+    if known is not None and forced(site, options) is None:
+        yield known.name, known.hyper()
     if options.budget.exact:
         return
     asked = forced(site, options)
@@ -186,7 +194,8 @@ def proposals(site: LinearSite, options: Options) -> Iterator[tuple[str, Mapping
         if family is Dense or "tied" in site.tags:
             continue
         for hyper in family.proposals(site.in_features, site.out_features):
-            yield family.name, hyper
+            if known is None or (family.name, hyper) != (known.name, known.hyper()):
+                yield family.name, hyper
 
 
 def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapping[str, int]]]:

@@ -24,7 +24,7 @@ from structc.errors import (
     BudgetNotMet,
     ConfigError,
 )
-from structc.fitting import calibrated, fitted, reached
+from structc.fitting import calibrated, fitted, known_structures, reached
 from structc.hardware import target
 from structc.inputs import calibration_calls, clone_call, example_of, required_example
 from structc.options import Log, Options, Progress, fingerprint, keep, resolve
@@ -195,8 +195,10 @@ def inspect(
             notes.refusals += captured.refusals
         with notes.stage("detect"):
             sites = keep(detect(captured), options, notes)
+        with notes.stage("recognise"):
+            known = known_structures(captured, sites, options, notes)
         with notes.stage("price"):
-            prices = price(sites, options, notes)
+            prices = price(sites, options, notes, known)
         table = {s.name: priced_only(s, prices, options, notes) for s in sites.linear}
         return _report(model, sites, {}, None, table, None, None, options, notes)
 
@@ -244,16 +246,19 @@ def _stages(
     with stage("detect"):
         sites = keep(detect(captured), options, notes)
     dump("detect", sites)
+    with stage("recognise"):
+        known = known_structures(captured, sites, options, notes)
+    dump("recognise", {name: family.extra_repr() for name, family in known.items()})
     with stage("calibrate"):
         profile = calibrated(captured, sites, parts, options, work, notes)
         sites = reached(sites, profile, notes)
     dump("calibrate", profile)
     with stage("price"):
-        prices = price(sites, options, notes)
+        prices = price(sites, options, notes, known)
         shares = time_shares(captured, sites)
     dump("price", {" ".join(map(str, k)): p for k, (_, p) in prices.items()})
     with stage("fit"):
-        objectives = Objectives(captured, profile)
+        objectives = Objectives(captured, profile, known)
         table = fitted(objectives, sites, prices, options, work, notes)
     dump("fit", table)
     with stage("select"):

@@ -12,7 +12,7 @@ import torch
 from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
 from structc.errors import InternalError
-from structc.families import BY_NAME, Dense, LowRank
+from structc.families import BY_NAME, AbstractFamily, Dense, LowRank
 from structc.forms import PackedDense, parse_form
 from structc.options import Log, Options, forced, proposals
 from structc.passes.chains import Chain
@@ -27,11 +27,17 @@ Prices = dict[tuple[str, str, tuple[tuple[str, int], ...]], tuple[Request, Price
 """(site, family, hyper) -> what was asked and what it costs."""
 
 
-def price(sites: Sites, options: Options, notes: Log) -> Prices:
-    """Stage 4: latency depends on shapes, not on values, so it comes before any fit."""
+def price(
+    sites: Sites, options: Options, notes: Log, known: Mapping[str, AbstractFamily]
+) -> Prices:
+    """Stage 4: latency depends on shapes, not on values, so it comes before any fit.
+
+    Args:
+        known: the structures that weights have exactly.
+    """
     requests: dict[tuple[str, str, tuple[tuple[str, int], ...]], Request] = {}
     for site in sites.linear:
-        for family, hyper in proposals(site, options):
+        for family, hyper in proposals(site, options, known.get(site.name)):
             form = BY_NAME[family].form_of(
                 site.in_features,
                 site.out_features,
@@ -84,13 +90,14 @@ def _model_note(prices: Sequence[Price]) -> list[str]:
 
 
 def worth_fitting(
-    site: LinearSite, prices: Prices, options: Options, notes: Log
+    site: LinearSite, prices: Prices, options: Options, notes: Log, known: AbstractFamily | None
 ) -> list[tuple[str, Mapping[str, int], Price]]:
     """The proposals of a site that can pay; the others become refusals.
 
     Not worth a fit: a form that is no faster than the best dense kernel; and, unless the effort is
     full, a form that a low-rank product with more parameters outruns (measured on trained weights,
-    other families gain at most about a tenth of the error at equal parameters).
+    other families gain at most about a tenth of the error at equal parameters), unless the weight
+    has that structure exactly.
     """
     if forced(site, options) is not None or options.budget.params is not None:
         return [
@@ -103,7 +110,8 @@ def worth_fitting(
         if name != site.name:
             continue
         reason = None if family == Dense.name else _not_faster(cost)
-        if reason is None and options.effort != "full" and family not in _BASELINES:
+        exact = known is not None and (family, dict(hyper)) == (known.name, dict(known.hyper()))
+        if reason is None and options.effort != "full" and family not in _BASELINES and not exact:
             reason = _outrun(request, cost, site, prices)
         if reason is None:
             kept.append((family, dict(hyper), cost))

@@ -152,7 +152,8 @@ def sites_from(manifest: Mapping[str, Any], where: Path) -> tuple[Sites, Plan]:
         for name, choice in manifest["choices"].items():
             if choice["family"] not in BY_NAME:
                 raise ValueError(f"unknown family {choice['family']!r}")
-            hyper = {str(k): _natural(v) for k, v in choice["hyper"].items()}
+            items = choice["hyper"].items()
+            hyper = {str(k): v if isinstance(v, str) else _natural(v) for k, v in items}
             choices[name] = Choice(choice["family"], hyper)
         held = sum(math.prod(shape) for shape, _ in manifest["state"].values())
         for site in sites:
@@ -173,6 +174,9 @@ def _check_choice(site: LinearSite, choice: Choice, held: int) -> None:
     form = family.form_of(n, m, hyper, bias=False, activation="")
     if (form.in_features, form.out_features) != (n, m) or form.params > held:
         raise ValueError(f"{site.name}: {form} is not a {m} x {n} matrix of the file's size")
+    steps = form.steps if isinstance(form, Tile) else ()
+    if any(s.out_features > max(held, m, n) for s in steps):
+        raise ValueError(f"{site.name}: {form} has more features than the file has numbers")
 
 
 def _site_from(data: Mapping[str, Any]) -> LinearSite:

@@ -38,7 +38,7 @@ class Selection(AbstractStructured):
     def __init__(self, index: Tensor, in_features: int, dtype: torch.dtype | None = None) -> None:
         super().__init__(in_features, len(index))
         self.register_buffer("index", index.to(torch.int64))
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype))
 
     @classmethod
     def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:

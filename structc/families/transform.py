@@ -45,7 +45,7 @@ class Transform(AbstractStructured):
         step = forms.Transform(kind, n)
         super().__init__(step.in_features, step.out_features)
         self.kind, self.n = kind, n
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype))
 
     @classmethod
     def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:

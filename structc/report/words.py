@@ -114,12 +114,17 @@ def form(family: str, hyper: Json) -> str:
 
     >>> form("low_rank", {"rank": 96}), form("dense", {})
     ('low rank 96', 'dense')
+    >>> form("product", {"parts": "diagonal(8,8); transform(8,8,kind=dct2)"})
+    'product of diagonal; transform(kind=dct2)'
     """
     name = family.replace("_", " ")
     if set(hyper) == {"rank"}:
         return f"{name} {hyper['rank']}"
     if set(hyper) == {"in_blocks", "out_blocks", "rank"}:
         return f"{name} {hyper['in_blocks']}x{hyper['out_blocks']} rank {hyper['rank']}"
+    if set(hyper) == {"parts"}:  # sizes are the site's own
+        parts = re.sub(r"\(\d+,\d+,?", "(", str(hyper["parts"])).replace("()", "")
+        return f"{name} of {parts}"
     return " ".join([name, *(f"{k} {v}" for k, v in hyper.items())])
 
 

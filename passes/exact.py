@@ -1,0 +1,59 @@
+"""Exact structure in a model's own weights: a rewrite that costs no quality."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+
+from structc.families import AbstractFamily
+from structc.passes.fit import one_thread_each
+from structc.passes.objective import weight_of
+from structc.recognize import Recognition, recognize
+from structc.records import Captured, LinearSite, Sites
+
+log = logging.getLogger("structc.exact")
+
+LARGEST = 4096 * 4096
+"""Elements up to which a weight is looked at: beyond, a look takes minutes."""
+ROOM = 4.0
+"""A structure may cost so many times the products of the dense weight; more cannot be faster."""
+
+
+def recognised(
+    captured: Captured, sites: Sites, progress: Callable[[str, int, int], None]
+) -> Mapping[str, Recognition]:
+    """The sites whose weight has an exact structure, with the factors.
+
+    rewrite:      linear(x, W, b)  -->  structc::tile(x, factors, program with bias)
+    Sound because: the factors reproduce the weight within the rounding of its own dtype, which is
+        measured on the whole matrix; the rewritten model is verified besides.
+    Skips when:   the weight is tied or over 16 million elements; nothing is recognised; the
+        structure is complex, or takes more arithmetic than the dense product.
+    """
+    jobs = [s for s in sites.linear if "tied" not in s.tags]
+    jobs = [s for s in jobs if s.in_features * s.out_features <= LARGEST]
+
+    def one(site: LinearSite) -> Recognition | None:
+        found = recognize(weight_of(captured, site))
+        return found if found is not None and _usable(found.family, site) else None
+
+    known: dict[str, Recognition] = {}
+    with one_thread_each() as pool:
+        for at, (site, found) in enumerate(zip(jobs, pool.map(one, jobs), strict=True)):
+            progress("recognise", at, len(jobs))
+            if found is not None:
+                log.info("%s: %s", site.name, found.words)
+                known[site.name] = found
+    progress("recognise", len(jobs), len(jobs))
+    return known
+
+
+def _usable(family: AbstractFamily, site: LinearSite) -> bool:
+    tensors = [*family.factors(), *family.buffers()]
+    if any(t.is_complex() for t in tensors) or family.to_dense().is_complex():
+        return False
+    if any(not bool(torch.isfinite(t.to(site.dtype)).all()) for t in tensors):
+        return False  # the dtype cannot hold a factor
+    return family.form().flops <= ROOM * 2 * site.in_features * site.out_features
