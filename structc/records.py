@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Hyper = Mapping[str, int]
+Hyper = Mapping[str, Any]
 """What a family needs besides the weight: ``{"rank": 96}``; empty for dense."""
 
 

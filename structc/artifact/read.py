@@ -152,7 +152,9 @@ def sites_from(manifest: Mapping[str, Any], where: Path) -> tuple[Sites, Plan]:
         for name, choice in manifest["choices"].items():
             if choice["family"] not in BY_NAME:
                 raise ValueError(f"unknown family {choice['family']!r}")
-            hyper = {str(k): _natural(v) for k, v in choice["hyper"].items()}
+            hyper = {
+                str(k): v if isinstance(v, str) else _natural(v) for k, v in choice["hyper"].items()
+            }
             choices[name] = Choice(choice["family"], hyper)
         held = sum(math.prod(shape) for shape, _ in manifest["state"].values())
         for site in sites:

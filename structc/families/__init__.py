@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from structc.families.base import AbstractFamily, AbstractStructured
 from structc.families.blast import Blast
+from structc.families.block_diagonal import BlockDiagonal
+from structc.families.block_sparse import BlockSparse
 from structc.families.dense import Dense
+from structc.families.kronecker import Kronecker
 from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
 
@@ -17,6 +20,9 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     LowRank,
     Monarch,
     Blast,
+    BlockDiagonal,
+    BlockSparse,
+    Kronecker,
 )
 BY_NAME: dict[str, type[AbstractFamily]] = {family.name: family for family in FAMILIES}
 
@@ -26,7 +32,10 @@ __all__ = [
     "AbstractFamily",
     "AbstractStructured",
     "Blast",
+    "BlockDiagonal",
+    "BlockSparse",
     "Dense",
+    "Kronecker",
     "LowRank",
     "Monarch",
 ]

@@ -142,6 +142,7 @@ def _scaled(gram: Tensor | None) -> Tensor | None:
 def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> AbstractFamily | Refusal:
     """The module in the weight's dtype, owning its memory, with the error of what is stored."""
     theirs = weight.untyped_storage().data_ptr()
+    stored = []
     for name, parameter in made.named_parameters():
         value = parameter.data.to(weight.dtype).contiguous()
         if value.untyped_storage().data_ptr() == theirs:
@@ -152,8 +153,11 @@ def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> Abstra
             largest = float(parameter.data.abs().max())
             reason = f"factor {name} goes up to {largest:.1e}, {weight.dtype} cannot hold that"
             return Refusal("", made.name, "OVERFLOW", reason)
-        parameter.data = value
+        stored.append((parameter, value))
+        parameter.data = value.double()
     made.fit_error = weighted_error(weight, made.to_dense(), gram)
+    for parameter, value in stored:
+        parameter.data = value
     return made
 
 

@@ -67,6 +67,21 @@ MORE: dict[str, list[Hyper]] = {
         {"blocks": 4, "rank": 7},
         {"blocks": 8, "rank": 2},
     ],
+    "block_diagonal": [
+        {"blocks": g, "order": order} for g in (1, 3, 8) for order in ("given", "clustered")
+    ],
+    "block_sparse": [
+        {"height": 8, "width": 6, "count": 7},
+        {"height": 7, "width": 5, "count": 1},
+        {"height": 1, "width": 8, "count": 3},
+        {"height": 4, "width": 8, "count": 4},
+    ],
+    "kronecker": [
+        {"in_outer": 3, "out_outer": 3, "terms": 2},
+        {"in_outer": 8, "out_outer": 4, "terms": 1},
+        {"in_outer": 5, "out_outer": 3, "terms": 3},
+        {"in_outer": 1, "out_outer": 1, "terms": 1},
+    ],
 }
 """Hyper-parameters beyond the proposals, tried wherever a shape takes them."""
 ROUNDING = {
@@ -187,7 +202,9 @@ def matrix_of(step: Any, factors: list[Tensor]) -> Tensor:
                 columns = [(al * c + ga) * d + de for ga in range(c)]
                 out[torch.tensor(rows)[:, None], torch.tensor(columns)] = w[al, :, :, de]
     elif isinstance(step, Shared):
-        out = torch.kron(torch.eye(step.a).double(), torch.kron(wide[0], torch.eye(step.d).double()))
+        out = torch.kron(
+            torch.eye(step.a).double(), torch.kron(wide[0], torch.eye(step.d).double())
+        )
     elif isinstance(step, Permute):
         order = [i * step.q + j for j in range(step.q) for i in range(step.p)]
         out[range(len(order)), order] = 1.0
