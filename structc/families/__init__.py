@@ -14,6 +14,7 @@ from structc.families.dense import Dense
 from structc.families.kronecker import Kronecker
 from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
+from structc.families.pixelfly import Pixelfly
 
 FAMILIES: tuple[type[AbstractFamily], ...] = (
     Dense,
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     BlockDiagonal,
     BlockSparse,
     Kronecker,
+    Pixelfly,
 )
 BY_NAME: dict[str, type[AbstractFamily]] = {family.name: family for family in FAMILIES}
 
@@ -38,4 +40,5 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "Monarch",
+    "Pixelfly",
 ]

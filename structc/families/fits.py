@@ -25,6 +25,7 @@ Fit = TypeVar("Fit", bound=Callable[..., Any])
 
 LARGEST, SMALLEST = 1e100, 1e-100
 """Beyond these the squares of weights leave the range of float64."""
+SAMPLES = 8
 SIDE = 128
 """Gaussian spectra are sampled at matrices of this short side: larger ones have the same shape."""
 
@@ -211,8 +212,15 @@ def _kept(rows: int, columns: int) -> Tensor:
 
 
 def simulated(family: type[AbstractFamily], n: int, m: int, hyper: Mapping[str, Any]) -> float:
-    """The error of a family's own fit to one Gaussian matrix (m, n)."""
+    """The error of a family's own fit to a Gaussian matrix (m, n), averaged where it is small."""
     g = torch.Generator().manual_seed(0)
-    weight = torch.randn(m, n, generator=g, dtype=torch.float64)
-    made = family.fit(weight, **hyper)  # type: ignore[attr-defined]
-    return math.nan if isinstance(made, Refusal) else float(made.fit_error)
+    errors = []
+    for _ in range(max(1, 4 * SIDE**2 // (n * m))):
+        weight = torch.randn(m, n, generator=g, dtype=torch.float64)
+        made = family.fit(weight, **hyper)  # type: ignore[attr-defined]
+        if isinstance(made, Refusal):
+            return math.nan
+        errors.append(float(made.fit_error))
+        if len(errors) == SAMPLES:
+            break
+    return math.fsum(errors) / len(errors)
