@@ -10,6 +10,7 @@ from structc.families.base import AbstractFamily, AbstractStructured
 from structc.families.blast import Blast
 from structc.families.block_diagonal import BlockDiagonal
 from structc.families.block_sparse import BlockSparse
+from structc.families.butterfly import Butterfly
 from structc.families.dense import Dense
 from structc.families.kronecker import Kronecker
 from structc.families.low_rank import LowRank
@@ -25,6 +26,7 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     BlockSparse,
     Kronecker,
     Pixelfly,
+    Butterfly,
 )
 BY_NAME: dict[str, type[AbstractFamily]] = {family.name: family for family in FAMILIES}
 
@@ -36,6 +38,7 @@ __all__ = [
     "Blast",
     "BlockDiagonal",
     "BlockSparse",
+    "Butterfly",
     "Dense",
     "Kronecker",
     "LowRank",

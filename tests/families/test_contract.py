@@ -81,6 +81,12 @@ MORE: dict[str, list[Hyper]] = {
         {"blocks": 4, "levels": 1, "rank": 1},
         {"blocks": 2, "levels": 1, "rank": 1},
     ],
+    "butterfly": [
+        {"levels": 4, "rank": 1},
+        {"levels": 3, "rank": 2},
+        {"levels": 2, "rank": 3},
+        {"levels": 1, "rank": 1},
+    ],
     "kronecker": [
         {"in_outer": 3, "out_outer": 3, "terms": 2},
         {"in_outer": 8, "out_outer": 4, "terms": 1},
