@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Mapping
 
 import torch
+from structc.recognize import Recognition, recognize
 
 from structc.families import AbstractFamily
 from structc.passes.fit import one_thread_each
 from structc.passes.objective import weight_of
-from structc.recognize import Recognition, recognize
 from structc.records import Captured, LinearSite, Sites
 
 log = logging.getLogger("structc.exact")

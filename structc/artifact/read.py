@@ -23,6 +23,7 @@ from structc.artifact.files import (
 )
 from structc.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, InternalError
 from structc.families import BY_NAME
+from structc.forms import Tile
 from structc.records import Choice, DimGuard, Guards, LinearSite, NodeRef, Plan, Sites
 from structc.report import Report
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from structc.families.base import AbstractFamily, AbstractStructured
 from structc.families.blast import Blast
+from structc.families.block_diagonal import BlockDiagonal
+from structc.families.block_sparse import BlockSparse
+from structc.families.butterfly import Butterfly
 from structc.families.circulant import Circulant
 from structc.families.dense import Dense
 from structc.families.diagonal import Diagonal
 from structc.families.displacement import Displacement
 from structc.families.hankel import Hankel
+from structc.families.kronecker import Kronecker
 from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
+from structc.families.pixelfly import Pixelfly
 from structc.families.product import Product
 from structc.families.selection import Selection
 from structc.families.sum import Sum
@@ -26,6 +31,11 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     LowRank,
     Monarch,
     Blast,
+    BlockDiagonal,
+    BlockSparse,
+    Kronecker,
+    Pixelfly,
+    Butterfly,
     Circulant,
     Toeplitz,
     Hankel,
@@ -44,13 +54,18 @@ __all__ = [
     "AbstractFamily",
     "AbstractStructured",
     "Blast",
+    "BlockDiagonal",
+    "BlockSparse",
+    "Butterfly",
     "Circulant",
     "Dense",
     "Diagonal",
     "Displacement",
     "Hankel",
+    "Kronecker",
     "LowRank",
     "Monarch",
+    "Pixelfly",
     "Product",
     "Selection",
     "Sum",

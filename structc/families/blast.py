@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from structc.families.base import AbstractStructured, ranks_for, with_epilogue
 from structc.families.fits import analytic, refuse_grid, refuse_rank, simulated
 from structc.families.low_rank import LowRank
+from structc.families.solves import damped_solve
 from structc.forms import Block, Tile
 from structc.records import Hyper, Refusal
 
@@ -27,8 +28,6 @@ JOINT = 256
 
 Together needs a few sweeps less, which above this size costs more than it gains.
 """
-RIDGE = 1e-10
-"""Of the mean diagonal, in every solve: see :func:`_step`."""
 
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -152,20 +151,6 @@ def _levelled(v: Tensor, s: Tensor, u: Tensor) -> Factors:
     return v * a[:, None], s * b, u * c
 
 
-def _step(system: Tensor, residual: Tensor) -> Tensor:
-    """``(N + eps I)^-1 R`` for positive semidefinite systems: the change that a factor takes.
-
-    Factors are changed by the solution for the residual of their present value, not replaced. Then
-    the ridge makes each step a proximal one: it lowers the error whatever the rank of N, directions
-    that N does not see stay as they are, and repeated steps end at the exact solution.
-    """
-    size = system.shape[-1]
-    level = system.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    ridge = RIDGE * level + torch.finfo(system.dtype).tiny
-    damped = system + torch.diag_embed(ridge.expand(*ridge.shape[:-1], size))
-    return torch.cholesky_solve(residual, torch.linalg.cholesky(damped))
-
-
 class _Plain:
     """Sweeps in the Frobenius norm, where blocks of columns do not see each other."""
 
@@ -188,13 +173,13 @@ class _Plain:
     def sweep(self) -> Factors:
         """One exact step for each factor."""
         v, s, u = self.factors
-        s = s + _step(self.system, (self.wanted - self.now)[..., None])[..., 0]
+        s = s + damped_solve(self.system, (self.wanted - self.now)[..., None])[..., 0]
         system = torch.einsum("jkr,krs,jks->jrs", s, self.vv, s)
         pull = (self.wv * s[:, :, None]).sum(1) - u @ system
-        u = u + _step(system, pull.mT).mT
+        u = u + damped_solve(system, pull.mT).mT
         system = torch.einsum("jkr,jrs,jks->krs", s, u.mT @ u, s)
         pull = ((u.mT[:, None] @ self.w) * s[..., None]).sum(0) - system @ v
-        return v + _step(system, pull), s, u
+        return v + damped_solve(system, pull), s, u
 
 
 class _Weighted:
@@ -237,7 +222,7 @@ class _Weighted:
             self._couplings(s[a], u[a].mT @ u[a], (u[a] * self.wv[:, a]).sum(1))
             system = self._scaled(s[a])
             pull = (self.wv[:, a] * s[a][:, None]).sum(0) - u[a] @ system
-            u[a] += _step(system, pull.mT).mT
+            u[a] += damped_solve(system, pull.mT).mT
         for b in range(self.blocks):
             self._columns(b, v, s, u)
         return v, s, u
@@ -253,11 +238,11 @@ class _Weighted:
         if k * r <= JOINT:
             system = (self.inner * uu[:, None]).reshape(k * r, k * r)
             pull = wanted.reshape(-1, 1) - system @ s.reshape(-1, 1)
-            s += _step(system, pull).reshape(k, r)
+            s += damped_solve(system, pull).reshape(k, r)
             return
         for b in range(k):
             now = (uu * (self.inner[b] * s).sum(1)).sum(1)
-            s[b] += _step(self.inner[b, :, b] * uu, (wanted[b] - now)[:, None])[:, 0]
+            s[b] += damped_solve(self.inner[b, :, b] * uu, (wanted[b] - now)[:, None])[:, 0]
 
     def _columns(self, b: int, v: Tensor, s: Tensor, u: Tensor) -> None:
         """V_b for fixed others; its system is a Kronecker product, so two small solves do."""
@@ -266,7 +251,7 @@ class _Weighted:
         theirs = (mixed @ v).transpose(0, 1).flatten(1)  # (r, n)
         wanted = (u * s[:, b, None]).flatten(0, 1).mT @ self.wc[b]
         pull = wanted - theirs @ self.gram[:, b * i : b * i + i]
-        v[b] += _step(mixed[b], _step(self.metrics[b], pull.mT).mT)
+        v[b] += damped_solve(mixed[b], damped_solve(self.metrics[b], pull.mT).mT)
 
 
 def _descend(sweeps: _Plain | _Weighted, start: Factors) -> Factors:

@@ -25,6 +25,7 @@ Fit = TypeVar("Fit", bound=Callable[..., Any])
 
 LARGEST, SMALLEST = 1e100, 1e-100
 """Beyond these the squares of weights leave the range of float64."""
+SAMPLES = 8
 SIDE = 128
 """Gaussian spectra are sampled at matrices of this short side: larger ones have the same shape."""
 
@@ -142,6 +143,7 @@ def _scaled(gram: Tensor | None) -> Tensor | None:
 def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> AbstractFamily | Refusal:
     """The module in the weight's dtype, owning its memory, with the error of what is stored."""
     theirs = weight.untyped_storage().data_ptr()
+    stored = []
     for name, parameter in made.named_parameters():
         value = parameter.data.to(weight.dtype).contiguous()
         if value.untyped_storage().data_ptr() == theirs:
@@ -152,10 +154,12 @@ def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> Abstra
             largest = float(parameter.data.abs().max())
             reason = f"factor {name} goes up to {largest:.1e}, {weight.dtype} cannot hold that"
             return Refusal("", made.name, "OVERFLOW", reason)
-        parameter.data = value
-    made.to(weight.dtype)  # what is no parameter
+        stored.append((parameter, value))
+        parameter.data = value.double()
     made.fit_error = weighted_error(weight, made.to_dense(), gram)
-    return made
+    for parameter, value in stored:
+        parameter.data = value
+    return made.to(weight.dtype)  # buffers too
 
 
 def refuse_rank(family: str, rank: int, most: int) -> Refusal | None:
@@ -208,8 +212,15 @@ def _kept(rows: int, columns: int) -> Tensor:
 
 
 def simulated(family: type[AbstractFamily], n: int, m: int, hyper: Mapping[str, Any]) -> float:
-    """The error of a family's own fit to one Gaussian matrix (m, n)."""
+    """The error of a family's own fit to a Gaussian matrix (m, n), averaged where it is small."""
     g = torch.Generator().manual_seed(0)
-    weight = torch.randn(m, n, generator=g, dtype=torch.float64)
-    made = family.fit(weight, **hyper)  # type: ignore[attr-defined]
-    return math.nan if isinstance(made, Refusal) else float(made.fit_error)
+    errors = []
+    for _ in range(max(1, 4 * SIDE**2 // (n * m))):
+        weight = torch.randn(m, n, generator=g, dtype=torch.float64)
+        made = family.fit(weight, **hyper)  # type: ignore[attr-defined]
+        if isinstance(made, Refusal):
+            return math.nan
+        errors.append(float(made.fit_error))
+        if len(errors) == SAMPLES:
+            break
+    return math.fsum(errors) / len(errors)

@@ -1,0 +1,320 @@
+"""Butterfly: chains of Kronecker-sparse factors, square or not, of any composite sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from structc.families.base import AbstractStructured, with_epilogue
+from structc.families.fits import analytic, gaussian_tail, refuse_rank, simulated
+from structc.forms import Block, Tile
+from structc.records import Hyper, Refusal
+
+LEVELS = 3
+FRACTIONS = (0.5, 0.35)
+SWEEPS = 3
+TURNS = 6
+"""Conjugate-gradient steps for one factor; each lowers the error."""
+PROGRESS = 3e-3
+SAMPLED = 1 << 15
+
+Pattern = tuple[int, int, int, int]
+"""(a, b, c, d): the support ``I_a (x) 1_{b x c} (x) I_d`` of a factor."""
+
+
+@final
+class Butterfly(AbstractStructured):
+    """A product of sparse factors, each of which mixes a few features that stand far apart.
+
+    Math:    M = T_1 ... T_L, T_s of support I_a (x) 1_{b x c} (x) I_d with a = k_1 .. k_{s-1},
+             b = j_s r, c = k_s r, d = j_{s+1} .. j_L (r is 1 at both ends), n = k_1 .. k_L,
+             m = j_1 .. j_L. With L = log2 n, r = 1 and n = m: the class of the FFT.
+    Shapes:  x (..., n);  T_s (a, b, c, d);  y (..., m).
+    Cost:    flops = 2*rows*params;  params = sum of a*b*c*d.
+    Errors:  none; sizes with fewer than L prime factors, a rank that a cut cannot have and weights
+             that are not finite are Refusals of fit.
+    Source:  Le, Zheng, Riccietti, Gribonval 2024, arXiv:2411.04506 (hierarchical, with
+             orthonormal factors); refined on data by linear least squares, a factor at a time.
+
+    Attributes:
+        bound: what the relative error of an unweighted fit can be at most, from the singular values
+            at the cuts of the weight; at most sqrt(L - 1) times the error of the best butterfly.
+
+    >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
+    >>> m = Butterfly.fit(torch.kron(h, torch.kron(h, h)), levels=3, rank=1)  # Hadamard
+    >>> bool(m.fit_error < 1e-14), m.form().params
+    (True, 48)
+    """
+
+    name: ClassVar[str] = "butterfly"
+    bound: float = math.nan
+
+    def __init__(self, factors: Sequence[Tensor], rank: int) -> None:
+        (_, b, _, d), (a, _, c, _) = factors[0].shape, factors[-1].shape
+        super().__init__(a * c, b * d)
+        self.rank = rank
+        self.chain = nn.ParameterList([nn.Parameter(f) for f in factors])
+
+    @classmethod
+    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
+        n, m, found = in_features, out_features, []
+        for fraction in FRACTIONS:
+            best: Hyper | None = None
+            for rank in range(1, min(n, m) + 1):
+                patterns = _patterns(n, m, LEVELS, rank)
+                if isinstance(patterns, str) or sum(map(math.prod, patterns)) > fraction * n * m:
+                    break
+                best = {"levels": LEVELS, "rank": rank}
+            if best is not None and best not in found:
+                found.append(best)
+        return found
+
+    @classmethod
+    def form_of(
+        cls, in_features: int, out_features: int, hyper: Hyper, *, bias: bool, activation: str
+    ) -> Tile:
+        patterns = _patterns(in_features, out_features, hyper["levels"], hyper["rank"])
+        if isinstance(patterns, str):
+            raise ValueError(patterns)
+        program = Tile(tuple(Block(*p) for p in reversed(patterns)))
+        return with_epilogue(program, bias=bias, activation=activation)
+
+    @classmethod
+    def empty(cls, in_features: int, out_features: int, hyper: Hyper, dtype: torch.dtype) -> Self:
+        patterns = _patterns(in_features, out_features, hyper["levels"], hyper["rank"])
+        if isinstance(patterns, str):
+            raise ValueError(patterns)
+        return cls([torch.empty(p, dtype=dtype) for p in patterns], hyper["rank"])
+
+    @classmethod
+    @analytic
+    def fit(
+        cls, weight: Tensor, gram: Tensor | None = None, *, levels: int, rank: int
+    ) -> Self | Refusal:
+        """Members of the class exactly, others within ``bound``; a Gram refines that.
+
+        Args:
+            weight: ``(m, n)``, any floating dtype; fitted in float64, returned in its own.
+            gram: ``E[x x^T]``, ``(n, n)``, positive semidefinite; None is the identity.
+            levels: L, the number of factors; n and m must have so many prime factors.
+            rank: r, of the blocks at every cut.
+        """
+        m, n = weight.shape
+        if levels < 1 or isinstance(message := _patterns(n, m, levels, 1), str):
+            reason = f"{levels} levels: at least one" if levels < 1 else str(message)
+            return Refusal("", cls.name, "GRID", reason)
+        if refusal := refuse_rank(cls.name, rank, _most(n, m, levels)):
+            return refusal
+        patterns = _patterns(n, m, levels, rank)
+        assert not isinstance(patterns, str)
+        chain = _split_all(weight, patterns, rank)
+        if gram is not None:
+            chain = _refine(weight, gram, chain)
+        made = cls(_levelled(chain), rank)
+        made.bound = _bound(weight, levels, rank)
+        return made
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        """Sampled where it is small; else what each cut keeps, for that is nearly noise again."""
+        if in_features * out_features <= SAMPLED:
+            return simulated(cls, in_features, out_features, hyper)
+        kept, rank = 1.0, hyper["rank"]
+        j = radices(out_features, hyper["levels"])
+        k = radices(in_features, hyper["levels"])
+        for s in range(len(j) - 1):
+            rows = j[s] * (rank if s else 1)
+            kept *= 1 - gaussian_tail(rows, math.prod(k[s + 1 :]), rank) ** 2
+        return math.sqrt(max(0.0, 1 - kept))
+
+    def hyper(self) -> Hyper:
+        return {"levels": len(self.chain), "rank": self.rank}
+
+    def factors(self) -> list[Tensor]:
+        return list(reversed(list(self.chain)))
+
+    def to_dense(self) -> Tensor:
+        x = torch.eye(self.in_features, dtype=self.chain[0].dtype, device=self.chain[0].device)
+        return _product(list(self.chain), x)
+
+
+# ---------------------------------------------------------------------------- patterns
+
+
+def radices(size: int, levels: int) -> list[int]:
+    """A size as a product of so many numbers of about the same size, or fewer numbers.
+
+    >>> radices(384, 3), radices(64, 6), radices(13, 2)
+    ([8, 8, 6], [2, 2, 2, 2, 2, 2], [13])
+    """
+    primes, rest, p = [], size, 2
+    while rest > 1:
+        if p * p > rest:
+            p = rest
+        while rest % p == 0:
+            primes.append(p)
+            rest //= p
+        p += 1
+    bins = [1] * min(levels, len(primes))
+    for prime in reversed(primes):
+        bins[bins.index(min(bins))] *= prime
+    return sorted(bins, reverse=True)
+
+
+def _patterns(n: int, m: int, levels: int, rank: int) -> list[Pattern] | str:
+    """The patterns of all factors, or why there are none."""
+    if levels == 1:
+        j, k = [m], [n]
+    else:
+        j, k = radices(m, levels), radices(n, levels)
+    for size, parts in ((m, j), (n, k)):
+        if len(parts) < levels:
+            return f"{size} has {len(parts)} prime factors, {levels} levels need as many"
+    if levels > 1 and not 1 <= rank <= _most(n, m, levels):
+        return f"rank {rank} is not in 1..{_most(n, m, levels)}"
+    return [
+        (
+            math.prod(k[:s]),
+            j[s] * (rank if s else 1),
+            k[s] * (rank if s < levels - 1 else 1),
+            math.prod(j[s + 1 :]),
+        )
+        for s in range(levels)
+    ]
+
+
+def _most(n: int, m: int, levels: int) -> int:
+    """The largest rank that a block has at every cut."""
+    j, k = radices(m, levels), radices(n, levels)
+    cuts = [min(math.prod(j[:s]), math.prod(k[s:])) for s in range(1, levels)]
+    return min(cuts, default=1)
+
+
+# ---------------------------------------------------------------------------- products
+
+
+def _times(factor: Tensor, x: Tensor) -> Tensor:
+    """T X for X (a*c*d, columns)."""
+    a, _, c, d = factor.shape
+    y = torch.einsum("abcd,acdn->abdn", factor, x.reshape(a, c, d, -1))
+    return y.reshape(-1, x.shape[1])
+
+
+def _turned(factor: Tensor) -> Tensor:
+    """The values of T^T."""
+    return factor.transpose(1, 2)
+
+
+def _product(chain: Sequence[Tensor], x: Tensor) -> Tensor:
+    for factor in reversed(chain):
+        x = _times(factor, x)
+    return x
+
+
+def _levelled(chain: Sequence[Tensor]) -> list[Tensor]:
+    """Factors of the same product that share its scale evenly."""
+    norms = [float(f.norm()) for f in chain]
+    level = math.exp(math.fsum(map(math.log, norms)) / len(norms)) if min(norms) > 0 else 0.0
+    return [f * (level / norm) if norm > 0 else f for f, norm in zip(chain, norms, strict=True)]
+
+
+# ---------------------------------------------------------------------------- the fit
+
+
+def _split_all(weight: Tensor, patterns: Sequence[Pattern], rank: int) -> list[Tensor]:
+    """Factor after factor from the left, each by truncated SVDs of disjoint blocks.
+
+    The r columns of a factor that belong to one block are orthonormal, which makes the errors of
+    all cuts orthogonal to each other: none is amplified by the factors before it.
+    """
+    rest, chain = weight[None], []  # values (a, b * d, columns) of the factors still to come
+    for (a, b, _, d), (after, *_) in itertools.pairwise(patterns):
+        s, columns = after // a, rest.shape[2] // (after // a)
+        blocks = rest.reshape(a, b, d, s, columns).permute(0, 3, 2, 1, 4)
+        u, size, vh = torch.linalg.svd(blocks, full_matrices=False)
+        vh = size[..., :rank, None] * vh[..., :rank, :]
+        chain.append(u[..., :rank].permute(0, 3, 1, 4, 2).reshape(a, b, s * rank, d))
+        rest = vh.permute(0, 1, 3, 2, 4).reshape(after, rank * d, columns)
+    return [*chain, rest[..., None]]
+
+
+def _bound(weight: Tensor, levels: int, rank: int) -> float:
+    """What the cuts of the weight lose: a butterfly has blocks of rank r at each of them.
+
+    The best butterfly loses at least the largest of these, the hierarchical fit at most the root
+    of their squares' sum.
+    """
+    m, n = weight.shape
+    j, k = radices(m, levels), radices(n, levels)
+    lost = 0.0
+    for s in range(1, levels):
+        shape = math.prod(j[:s]), math.prod(j[s:]), math.prod(k[:s]), math.prod(k[s:])
+        values = torch.linalg.svdvals(weight.reshape(shape).permute(1, 2, 0, 3))
+        lost += float(values[..., rank:].square().sum())
+    total = float(weight.square().sum())
+    return math.sqrt(lost / total) if total > 0 else 0.0
+
+
+def _refine(weight: Tensor, gram: Tensor, chain: list[Tensor]) -> list[Tensor]:
+    """Sweeps of least squares in one factor at a time, from the right, in the metric of the Gram.
+
+    With M = L T R, the error is quadratic in T: with V = W C R^T and X = R C R^T, its steepest
+    descent is L^T (V - L T X) on T's support. Conjugate gradients need no system in full.
+    """
+    chain, product = list(chain), weight @ gram
+    total, error = float((product * weight).sum()), math.inf
+    for _ in range(SWEEPS):
+        x, v = gram, product
+        for s in reversed(range(len(chain))):
+            chain[s] = _least(chain[:s], chain[s], v, x)
+            if s:  # this factor now belongs to R
+                x = _times(chain[s], _times(chain[s], x).mT)
+                v = _times(chain[s], v.mT).mT
+        y = _times(chain[0], x)
+        now = total + float(((y - 2 * v) * _times(chain[0], torch.eye(len(x)).to(x))).sum())
+        if now > error * (1 - PROGRESS):
+            break
+        error = now
+    return chain
+
+
+def _least(left: Sequence[Tensor], start: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """The factor that conjugate gradients reach from ``start``."""
+    a, b, c, d = start.shape
+
+    def pulled(y: Tensor) -> Tensor:
+        """L^T Y on the support of the factor."""
+        for factor in left:
+            y = _times(_turned(factor), y)
+        return torch.einsum("abdacd->abcd", y.reshape(a, b, d, a, c, d))
+
+    def image(t: Tensor) -> Tensor:
+        return _product([*left, t], x)
+
+    return _conjugate(lambda t: pulled(image(t)), pulled(v), start)
+
+
+def _conjugate(system: Callable[[Tensor], Tensor], wanted: Tensor, start: Tensor) -> Tensor:
+    """Some steps of conjugate gradients towards ``system(t) = wanted``."""
+    t = start.clone()
+    residual = wanted - system(t)
+    direction, size = residual, float(residual.square().sum())
+    goal = 1e-26 * float(wanted.square().sum())
+    for _ in range(TURNS):
+        if size <= goal:
+            break
+        image = system(direction)
+        slope = float((direction * image).sum())
+        if slope <= 0:
+            break
+        step = size / slope
+        t += step * direction
+        residual = residual - step * image
+        size, before = float(residual.square().sum()), size
+        direction = residual + (size / before) * direction
+    return t

@@ -1,0 +1,186 @@
+"""Kronecker sums: few small factors, each used everywhere in the matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from structc.families.base import AbstractStructured, balanced, with_epilogue
+from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
+from structc.families.low_rank import LowRank
+from structc.families.solves import damped_solve
+from structc.forms import Shared, Tile
+from structc.records import Hyper, Refusal
+
+FRACTIONS = (0.5, 0.25)
+"""Of the dense products: the factors are small, but each is used many times."""
+SWEEPS = 8
+PROGRESS = 3e-3
+JOINT = 1024
+"""Unknowns a row that are solved for together: a step takes so many terms at a time."""
+
+
+@final
+class Kronecker(AbstractStructured):
+    """M = sum_t A_t (x) B_t.
+
+    Math:    Y = sum_t A_t X B_t^T, with x as X (n1, n2) and y as Y (m1, m2).
+    Shapes:  x (..., n1*n2);  a (R, m1, n1);  b (R, m2, n2);  y (..., m1*m2).
+    Cost:    flops = 2*rows*R*m2*n1*(n2 + m1);  params = R*(m1*n1 + m2*n2).
+    Errors:  none; sizes that n1 and m1 do not divide, terms outside 1..min(m1*n1, m2*n2) and
+             weights that are not finite are Refusals of fit.
+    Source:  Van Loan and Pitsianis 1993 (the rearranged matrix is a sum of R products); weighted by
+             the input Gram with alternating least squares in A and B.
+
+    >>> w = torch.kron(torch.randn(3, 2), torch.randn(4, 5))
+    >>> m, x = Kronecker.fit(w, in_outer=2, out_outer=3, terms=1), torch.randn(7, 10)
+    >>> torch.allclose(m(x), x @ w.T, atol=1e-4)
+    True
+    """
+
+    name: ClassVar[str] = "kronecker"
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__(a.shape[2] * b.shape[2], a.shape[1] * b.shape[1])
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    @classmethod
+    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
+        n, m = in_features, out_features
+        n1, m1 = (max(d for d in range(1, math.isqrt(s) + 1) if s % d == 0) for s in (n, m))
+        if n1 == 1 or m1 == 1:
+            return []
+        m2, n2, found = m // m1, n // n1, []
+        for fraction in FRACTIONS:
+            terms = min(int(fraction * m * n / (m2 * n1 * (n2 + m1))), m1 * n1, m2 * n2)
+            hyper: Hyper = {"in_outer": n1, "out_outer": m1, "terms": terms}
+            if terms >= 1 and terms * (m1 * n1 + m2 * n2) < m * n and hyper not in found:
+                found.append(hyper)
+        return found
+
+    @classmethod
+    def form_of(
+        cls, in_features: int, out_features: int, hyper: Hyper, *, bias: bool, activation: str
+    ) -> Tile:
+        n1, m1, terms = hyper["in_outer"], hyper["out_outer"], hyper["terms"]
+        n2, m2 = in_features // n1, out_features // m1
+        program = Tile((Shared(n1, terms * m2, n2, 1), Shared(1, m1, n1 * terms, m2)))
+        return with_epilogue(program, bias=bias, activation=activation)
+
+    @classmethod
+    def empty(cls, in_features: int, out_features: int, hyper: Hyper, dtype: torch.dtype) -> Self:
+        n1, m1, terms = hyper["in_outer"], hyper["out_outer"], hyper["terms"]
+        return cls(
+            torch.empty(terms, m1, n1, dtype=dtype),
+            torch.empty(terms, out_features // m1, in_features // n1, dtype=dtype),
+        )
+
+    @classmethod
+    @analytic
+    def fit(
+        cls,
+        weight: Tensor,
+        gram: Tensor | None = None,
+        *,
+        in_outer: int,
+        out_outer: int,
+        terms: int,
+    ) -> Self | Refusal:
+        """The Frobenius optimum, refined on data when there is a Gram; no step raises the error.
+
+        Args:
+            weight: ``(m, n)``, any floating dtype; fitted in float64, returned in its own.
+            gram: ``E[x x^T]``, ``(n, n)``, positive semidefinite; None is the identity.
+            in_outer, out_outer: n1 and m1, the sides of each A; must divide n and m.
+            terms: R, 1 .. min(m1 * n1, m2 * n2).
+        """
+        if refusal := refuse_grid(cls.name, weight, in_outer, out_outer):
+            return refusal
+        m2, n2 = weight.shape[0] // out_outer, weight.shape[1] // in_outer
+        most = min(in_outer * out_outer, m2 * n2)
+        if refusal := refuse_rank(cls.name, terms, most):
+            return refusal
+        flat = weight.reshape(out_outer, m2, in_outer, n2).transpose(1, 2).reshape(-1, m2 * n2)
+        start = LowRank.fit(flat, rank=terms)
+        if isinstance(start, Refusal):
+            return Refusal("", cls.name, start.code, start.reason)
+        a = start.u.data.mT.reshape(terms, out_outer, in_outer)
+        b = start.v.data.reshape(terms, m2, n2)
+        if gram is not None:
+            a, b = _descend(weight, gram, a, b)
+            left, right = balanced(a.reshape(terms, -1).mT, b.reshape(terms, -1))
+            a, b = left.mT.reshape(a.shape), right.reshape(b.shape)
+        return cls(a, b)
+
+    @classmethod
+    def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:
+        outer = hyper["in_outer"] * hyper["out_outer"]
+        return gaussian_tail(outer, in_features * out_features // outer, hyper["terms"])
+
+    def hyper(self) -> Hyper:
+        terms, m1, n1 = self.a.shape
+        return {"in_outer": n1, "out_outer": m1, "terms": terms}
+
+    def factors(self) -> list[Tensor]:
+        m1, n2 = self.a.shape[1], self.b.shape[2]
+        return [self.b.reshape(-1, n2), self.a.permute(1, 2, 0).reshape(m1, -1)]
+
+    def to_dense(self) -> Tensor:
+        return _dense(self.a, self.b)
+
+
+def _dense(a: Tensor, b: Tensor) -> Tensor:
+    """``sum_t A_t (x) B_t``."""
+    (r, m1, n1), (_, m2, n2) = a.shape, b.shape
+    products = a.reshape(r, -1).mT @ b.reshape(r, -1)
+    return products.reshape(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
+
+
+def _turned(w: Tensor, down: int, right: int) -> Tensor:
+    """Rows (p, s) and columns (x, y) become (s, p) and (y, x): A (x) B becomes B (x) A."""
+    m, n = w.shape
+    return w.reshape(down, m // down, right, n // right).permute(1, 0, 3, 2).reshape(m, n)
+
+
+def _descend(weight: Tensor, gram: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Half-sweeps over A and over B until the error settles."""
+    m1, n1 = a.shape[1:]
+    turned = _turned(weight, m1, n1), _turned(gram, n1, n1)
+    error = math.inf
+    for _ in range(SWEEPS):
+        a, _ = _half(weight, gram, a, b)
+        b, now = _half(*turned, b, a)
+        if now > error * (1 - PROGRESS):
+            break
+        error = now
+    return a, b
+
+
+def _half(weight: Tensor, gram: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """The best A for given B, some terms at a time, and the squared error before the last step.
+
+    For the change of A: ``Y_q[p, x] = sum_sy (E C)[(p, s), (x, y)] B_q[s, y]`` with E = W - M, and
+    ``Z_qt[x, u] = sum_yv C[(x, y), (u, v)] (B_q^T B_t)[y, v]`` couples the terms.
+    """
+    (r, m1, n1), (_, m2, n2) = a.shape, b.shape
+    pairs = gram.reshape(n1, n2, n1, n2).transpose(1, 2).reshape(n1 * n1, n2 * n2)
+    a, some = a.clone(), max(1, JOINT // n1)
+    squared = math.inf
+    for first in range(0, r, some):
+        now = slice(first, min(first + some, r))
+        gap = weight - _dense(a, b)
+        product = gap @ gram
+        squared = float((product * gap).sum())
+        part, t = b[now], now.stop - now.start
+        flat = product.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, -1)
+        pull = (flat @ part.reshape(t, -1).mT).reshape(m1, n1, t).transpose(1, 2)
+        inner = torch.einsum("qsy,tsv->yvqt", part, part).reshape(n2 * n2, t * t)
+        system = (pairs @ inner).reshape(n1, n1, t, t).permute(2, 0, 3, 1)
+        system = system.reshape(t * n1, t * n1)
+        change = damped_solve(system, pull.reshape(m1, -1).mT).mT
+        a[now] += change.reshape(m1, t, n1).transpose(0, 1)
+    return a, squared
