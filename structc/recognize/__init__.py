@@ -11,11 +11,42 @@ import torch
 from torch import Tensor
 
 from structc.recognize.base import Matrix, Proposal, Recogniser, Recognition, read, shifted
+from structc.recognize.blocks import block_diagonal
 from structc.recognize.build import rescaled
+from structc.recognize.dictionary import dictionary
+from structc.recognize.displacement import displacement
+from structc.recognize.kronecker import kronecker
+from structc.recognize.monarch import monarch
 from structc.recognize.permuted import permuted_transforms
+from structc.recognize.permuted_circulant import permuted_circulants
+from structc.recognize.permuted_monarch import permuted_monarch
+from structc.recognize.rank import low_rank
+from structc.recognize.scaled import scaled
+from structc.recognize.shifts import circulant, hankel, toeplitz
+from structc.recognize.trivial import one_a_row, zero
 
-RECOGNISERS: tuple[Recogniser, ...] = (permuted_transforms,)
-"""In the order in which they are asked; the first structure that holds is the answer."""
+RECOGNISERS: tuple[Recogniser, ...] = (
+    zero,
+    one_a_row,
+    block_diagonal,
+    circulant,
+    toeplitz,
+    hankel,
+    dictionary,
+    low_rank,
+    permuted_transforms,
+    permuted_circulants,
+    kronecker,
+    displacement,
+    monarch,
+    scaled,
+    permuted_monarch,
+)
+"""In the order in which they are asked; the first structure that holds is the answer.
+
+Cheap ones first, and of those that may hold together the one with fewer parameters: a DFT is a
+Monarch matrix and a Hadamard matrix a Kronecker product too.
+"""
 
 __all__ = ["RECOGNISERS", "Recognition", "recognize"]
 

@@ -114,6 +114,11 @@ class Matrix:
         """By how much single entries of order one may differ where they should be equal."""
         return 4 * self.tolerance
 
+    @property
+    def negligible(self) -> float:
+        """Entries up to this size count as zero: narrow dtypes round zeros to zeros too."""
+        return self.largest * min(self.slack, 4 * 2.0**-24)
+
     def transposed(self) -> Matrix:
         """W^T under the same rounding."""
         return Matrix(self.values.T, self.exponent, self.unit)
@@ -200,8 +205,14 @@ def stored_unit(stored: Tensor) -> float:
             unit = max(unit, UNITS[dtype])
     if unit <= UNITS[torch.float32]:
         return unit
-    wide = stored.double()
-    smallest = float(wide.abs()[wide != 0].min()) if bool((wide != 0).any()) else 1.0
-    levels = wide / 2.0 ** (np.frexp(smallest)[1] - 4)  # the smallest entry in 8 .. 15
-    few = torch.equal(levels.round(), levels) and float(levels.abs().max()) <= 16 * FEW_LEVELS
+    few = all(_on_few_levels(part) for part in (stored[:1], stored))  # most fail on the first row
     return UNITS[torch.float64] if few else unit
+
+
+def _on_few_levels(stored: Tensor) -> bool:
+    wide = stored.double()
+    present = wide[wide != 0].abs()
+    if not present.numel():
+        return True
+    levels = wide / 2.0 ** (np.frexp(float(present.min()))[1] - 4)  # the smallest in 8 .. 15
+    return torch.equal(levels.round(), levels) and float(levels.abs().max()) <= 16 * FEW_LEVELS

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
+import scipy.linalg
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -135,12 +136,14 @@ def _hartley(x: Array) -> Array:
 
 
 def _hadamard(x: Array) -> Array:
+    """The Kronecker product of factors of at most 64 x 64: few passes over memory."""
     rows, n = x.shape
     width = 1
     while width < n:
-        pairs = x.reshape(rows, n // (2 * width), 2, width)
-        x = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
-        width *= 2
+        size = min(64, n // width)
+        factor = scipy.linalg.hadamard(size).astype(np.float64)
+        x = np.matmul(factor, x.reshape(-1, size, width))
+        width *= size
     return x.reshape(rows, n)
 
 

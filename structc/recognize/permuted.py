@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from structc.recognize import kinds
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import Scrambled, is_permutation
-from structc.recognize.permuted_cosine import cosine_columns, cosine4_columns
+from structc.recognize.permuted_cosine import cosine4_columns, cosine_columns, natural_cosine
 from structc.recognize.permuted_fourier import fourier_columns
 from structc.recognize.permuted_hadamard import hadamard_columns
 from structc.recognize.permuted_hartley import hartley_columns, real_fourier_columns
@@ -23,8 +23,11 @@ from structc.recognize.scaling import Balanced, orthonormal
 
 Array = NDArray[Any]
 PROBES = 4
-ONE_HOT = 0.6
-"""Share of a row's energy that its largest coefficient must have: columns may be off by a few."""
+NARROW = 1e-3
+"""Slack of the dtypes whose entries place a few columns wrongly; the rows then correct them."""
+SHARP, BLURRED = 0.6, 0.1
+"""Share of a row's energy that its largest coefficient must have, there the second."""
+REFINEMENTS = 3
 
 
 class Columns(NamedTuple):
@@ -39,9 +42,9 @@ LABELLERS: tuple[Callable[[Array, float], Iterator[tuple[str, Array, Array]]], .
     fourier_columns,
     hadamard_columns,
     cosine_columns,
-    cosine4_columns,
     hartley_columns,
     real_fourier_columns,
+    cosine4_columns,
 )
 """Claims (kind, index, phase) about the columns of Q ``(m, n)``, given the slack of entries."""
 
@@ -80,17 +83,18 @@ def _rows_of(parts: Balanced, claim: Columns, slack: float) -> Scrambled | None:
     m, n = parts.q.shape
     order = np.argsort(claim.index)
     probes = np.unique(np.linspace(0, m - 1, PROBES).astype(int))
-    if not _one_hot(claim.kind, _sorted(parts.q[probes], claim, order)):
+    narrow = slack > NARROW
+    if not _one_hot(claim.kind, _sorted(parts.q[probes], claim, order), BLURRED if narrow else SHARP):
         return None
-    ordered = _sorted(parts.q, claim, order)
-    rows, r = _named(claim.kind, ordered)
-    if slack > 1e-3 and m == n:
-        # entries of a narrow dtype place a few columns wrongly; the rows now tell where they go
+    rows, r = _named(claim.kind, _sorted(parts.q, claim, order))
+    for _ in range(REFINEMENTS if narrow and m == n else 0):
         better = _named_columns(claim, parts.q, rows, r)
-        if better is not None:
-            claim = better
-            rows, r = _named(claim.kind, _sorted(parts.q, claim, np.argsort(claim.index)))
-    return Scrambled(claim.kind, n, rows, claim.index, parts.r * r, parts.s * claim.phase)
+        if better is None or np.array_equal(better.index, claim.index):
+            break
+        claim = better
+        rows, r = _named(claim.kind, _sorted(parts.q, claim, np.argsort(claim.index)))
+    found = Scrambled(claim.kind, n, rows, claim.index, parts.r * r, parts.s * claim.phase)
+    return natural_cosine(found)
 
 
 def _sorted(q: Array, claim: Columns, order: Array) -> Array:
@@ -98,9 +102,9 @@ def _sorted(q: Array, claim: Columns, order: Array) -> Array:
     return np.asarray((q * claim.phase.conj())[:, order])
 
 
-def _one_hot(kind: str, rows: Array) -> bool:
+def _one_hot(kind: str, rows: Array, share: float) -> bool:
     energy = np.abs(kinds.analyse(kind, rows)) ** 2
-    return bool((energy.max(axis=1) >= ONE_HOT * energy.sum(axis=1)).all())
+    return bool((energy.max(axis=1) >= share * energy.sum(axis=1)).all())
 
 
 def _named(kind: str, ordered: Array) -> tuple[Array, Array]:

@@ -29,11 +29,11 @@ def fourier_columns(q: Array, slack: float) -> Iterator[tuple[str, Array, Array]
     m, n = q.shape
     if not np.iscomplexobj(q) or np.abs(np.abs(q[:ROWS_TRIED]) - 1).max() > slack:
         return
-    reference = reference_row(q)
+    reference, zero = reference_row(q), reference_row(q.T)
     phase = q[reference] / np.abs(q[reference])
     for i in [i for i in range(m) if i != reference][:ROWS_TRIED]:
         row = q[i] * phase.conj()
-        turns = np.angle(row * row[0].conj()) / (2 * np.pi)
+        turns = np.angle(row * row[zero].conj()) / (2 * np.pi)
         index = np.rint(-n * turns).astype(np.int64) % n
         if (np.bincount(index, minlength=n) == 1).all():
             yield "dft", index, phase

@@ -27,10 +27,10 @@ def hadamard_columns(q: Array, slack: float) -> Iterator[tuple[str, Array, Array
     m, n = q.shape
     if np.iscomplexobj(q) or n & (n - 1) or np.abs(np.abs(q) - 1).max() > slack:
         return
-    phase = np.sign(q[reference_row(q)])
+    phase, zero = np.sign(q[reference_row(q)]), reference_row(q.T)
     codes, found = np.zeros(n, dtype=np.int64), 1
     for row in q:
-        bits = (row * phase < 0) ^ (row[0] * phase[0] < 0)
+        bits = (row * phase < 0) ^ (row[zero] * phase[zero] < 0)
         first = np.zeros(found, dtype=bool)
         first[codes] = bits  # of each class of columns, one column's bit
         if np.array_equal(first[codes], bits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from structc.recognize.permuted_cosine import ROWS_TRIED, generators, sign_candidates
 
 Array = NDArray[Any]
+GENERATORS = 8
 
 
 def hartley_columns(q: Array, slack: float) -> Iterator[tuple[str, Array, Array]]:
@@ -40,16 +42,19 @@ def _pairs(q: Array, template: Array, slack: float) -> Iterator[tuple[Array, Arr
     if np.iscomplexobj(q):
         return
     for signs in sign_candidates(q, slack):
-        row = next(generators(q[:ROWS_TRIED] * signs, template, slack), None)
-        if row is None:
-            continue
-        g = q[row]
-        wide = 8 * slack  # squares of entries up to sqrt(2)
-        some = slice(0, 16)
-        near = np.flatnonzero(np.abs(q[:, some] ** 2 + g[some] ** 2 - 2).max(axis=1) <= wide)
-        for partner in near:
-            if np.abs(q[partner] ** 2 + g**2 - 2).max() <= wide:
-                yield g * signs, q[partner] * signs, signs
+        # other rows than those of coprime indices may hold the same values: more than one is tried
+        for row in islice(generators(q[:ROWS_TRIED] * signs, template, slack), GENERATORS):
+            for partner in _partners(q, q[row], slack):
+                yield q[row] * signs, q[partner] * signs, signs
+
+
+def _partners(q: Array, g: Array, slack: float) -> Iterator[int]:
+    """Rows h with g^2 + h^2 = 2, looked for in a few columns first."""
+    wide = 8 * slack  # squares of entries up to sqrt(2)
+    some = slice(0, 16)
+    for i in np.flatnonzero(np.abs(q[:, some] ** 2 + g[some] ** 2 - 2).max(axis=1) <= wide):
+        if np.abs(q[i] ** 2 + g**2 - 2).max() <= wide:
+            yield int(i)
 
 
 def _by_angle(

@@ -54,7 +54,12 @@ class Transform(_Standin):
         return self.apply_rows(torch.eye(self.in_features, dtype=torch.float64))
 
     def apply_rows(self, x):
-        return torch.from_numpy(np.ascontiguousarray(kinds.forward(self.kind, x.detach().numpy())))
+        x = x.detach().numpy()
+        if self.kind == "irdft":
+            n = self.in_features
+            t = np.linalg.pinv(kinds.forward("rdft", np.eye(n)).T)
+            return torch.from_numpy(x @ t.T)
+        return torch.from_numpy(np.ascontiguousarray(kinds.forward(self.kind, x)))
 
 
 class Circulant(_Standin):
