@@ -38,8 +38,8 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     permuted_circulants,
     kronecker,
     displacement,
-    monarch,
     scaled,
+    monarch,
     permuted_monarch,
 )
 """In the order in which they are asked; the first structure that holds is the answer.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from structc.errors import ConfigError
 from structc.families.base import AbstractFamily
+from structc.recognize.scaling import Balanced, balanced
 
 Array = NDArray[Any]
 UNITS = {
@@ -115,9 +116,19 @@ class Matrix:
         return 4 * self.tolerance
 
     @property
+    def noise(self) -> float:
+        """What rounding may have done to an entry."""
+        return self.slack * self.largest
+
+    @property
     def negligible(self) -> float:
         """Entries up to this size count as zero: narrow dtypes round zeros to zeros too."""
         return self.largest * min(self.slack, 4 * 2.0**-24)
+
+    @cached_property
+    def balanced(self) -> Balanced:
+        """Scales of rows and columns taken off, for those who look at what is left."""
+        return balanced(self.values)
 
     def transposed(self) -> Matrix:
         """W^T under the same rounding."""

@@ -31,7 +31,7 @@ def displacement(matrix: Matrix) -> Iterator[Proposal]:
         moved[:, 0] *= -1
         d = (values - moved) / 2
         norm = float(np.linalg.norm(d))
-        if not norm or not may_be_deficient(d, n // SHARE):
+        if not norm or not may_be_deficient(d, n // SHARE, matrix.noise):
             continue
         # rounding of W is all of its size, also where D is small
         found = thin(d, n // SHARE, min(0.1, 2 * matrix.tolerance * matrix.norm / norm))

@@ -44,8 +44,11 @@ def forward(kind: str, x: Array) -> Array:
         return np.asarray(scipy.fft.fft(x))
     if kind == "idft":
         return np.asarray(scipy.fft.ifft(x))
+    if kind in ("hartley", "rdft") and np.iscomplexobj(x):
+        return forward(kind, x.real) + 1j * forward(kind, x.imag)
     if kind == "hartley":
-        return _hartley(x)
+        spectrum = scipy.fft.fft(x)
+        return np.asarray(spectrum.real - spectrum.imag)
     if kind == "hadamard":
         return _hadamard(x)
     if kind == "haar":
@@ -125,14 +128,6 @@ def transposed(kind: str, n: int) -> tuple[str, Array, Array] | None:
     elif kind == "rdft":
         right = 1 / diagonals("rdft", n)[1]
     return TRANSPOSE.get(kind, kind), left, right
-
-
-def _hartley(x: Array) -> Array:
-    """cas = cos + sin; of complex rows too, so by the halves that a reversal of k swaps."""
-    if not np.iscomplexobj(x):
-        spectrum = scipy.fft.fft(x)
-        return np.asarray(spectrum.real - spectrum.imag)
-    return _hartley(x.real) + 1j * _hartley(x.imag)
 
 
 def _hadamard(x: Array) -> Array:

@@ -12,7 +12,7 @@ from structc.families import Monarch
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import inverse, product, selection, tensor
 from structc.recognize.kronecker import divisors, seen_ranks
-from structc.recognize.rank import may_be_deficient
+from structc.recognize.rank import part_is_deficient, part_side
 
 Array = NDArray[Any]
 RANKS = 16
@@ -85,7 +85,7 @@ def _grids(matrix: Matrix) -> Iterator[Grid]:
             for (a, b), seen in zip(parts, ranks, strict=True):
                 rank = int(seen)
                 if not rank and max(k, j) <= COARSE and most > RANKS:
-                    rank = _rank_of_block(matrix.values[np.ix_(rows[a], columns[b])], most, matrix)
+                    rank = _rank_of_block(matrix, rows[a], columns[b], most)
                 if rank:
                     yield Grid(rank * k * j * (l + i), rank, k, j, a, b)
 
@@ -100,11 +100,13 @@ def _some_blocks(n: int, blocks: int) -> dict[str, Array]:
     return {o: rng.permutation(_order(n, blocks, o)[at : at + n // blocks]) for o in orders}
 
 
-def _rank_of_block(block: Array, most: int, matrix: Matrix) -> int:
+def _rank_of_block(matrix: Matrix, rows: Array, columns: Array, most: int) -> int:
     """The rank of a large block, if it is deficient."""
-    if not may_be_deficient(block, most):
+    side = part_side(most)
+    part = matrix.values[np.ix_(rows[:side], columns[:side])]
+    if not part_is_deficient(part, most, matrix.noise):
         return 0
-    return int(seen_ranks(block[None], most, matrix.slack)[0])
+    return int(seen_ranks(part[None], most, matrix.slack)[0])
 
 
 def fitted(ordered: Array, k: int, j: int, rank: int) -> Monarch:

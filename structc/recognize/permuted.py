@@ -19,7 +19,7 @@ from structc.recognize.permuted_cosine import cosine4_columns, cosine_columns, n
 from structc.recognize.permuted_fourier import fourier_columns
 from structc.recognize.permuted_hadamard import hadamard_columns
 from structc.recognize.permuted_hartley import hartley_columns, real_fourier_columns
-from structc.recognize.scaling import Balanced, orthonormal
+from structc.recognize.scaling import Balanced, row_balanced, rows_are_orthogonal
 
 Array = NDArray[Any]
 PROBES = 4
@@ -58,8 +58,7 @@ def permuted_transforms(matrix: Matrix) -> Iterator[Proposal]:
     """
     m, n = matrix.shape
     for turned in (False, True):
-        values = matrix.values.T if turned else matrix.values
-        parts = orthonormal(values)
+        parts = _orthogonal(matrix, turned)
         if parts is None:
             if m == n:
                 return  # then the transpose has no orthogonal rows either
@@ -68,6 +67,20 @@ def permuted_transforms(matrix: Matrix) -> Iterator[Proposal]:
             which = found.transposed() if turned else found
             if which is not None:
                 yield which.proposal(matrix.slack)
+
+
+def _orthogonal(matrix: Matrix, turned: bool) -> Balanced | None:
+    """``W = diag(r) O diag(s)`` or W^T, with O of orthogonal rows, times sqrt(n); or None."""
+    values = matrix.values.T if turned else matrix.values
+    m, n = values.shape
+    if m > n or m < 2:
+        return None
+    plain = row_balanced(values)
+    if rows_are_orthogonal(plain.q):
+        return plain
+    if m < n or not rows_are_orthogonal(matrix.balanced.q):
+        return None
+    return matrix.balanced.turned() if turned else matrix.balanced
 
 
 def _labelled(parts: Balanced, slack: float) -> Iterator[Scrambled]:

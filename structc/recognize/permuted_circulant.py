@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import diagonal, inverse, is_permutation, product, selection, tensor
-from structc.recognize.scaling import Balanced, balanced
+from structc.recognize.scaling import Balanced
 from structc.recognize.standin import Circulant
 
 Array = NDArray[Any]
@@ -33,8 +33,8 @@ def permuted_circulants(matrix: Matrix) -> Iterator[Proposal]:
     if m != n or n < 3:
         return
     ones = np.ones(n)
-    for parts in (lambda: Balanced(matrix.values, ones, ones), lambda: balanced(matrix.values)):
-        found = parts()
+    for scaled in (False, True):
+        found = matrix.balanced if scaled else Balanced(matrix.values, ones, ones)
         if _rows_agree(np.abs(found.q), matrix.slack):
             for p, q in _orders(np.abs(found.q), matrix.slack):
                 yield _proposal(found, p, q, matrix.slack)

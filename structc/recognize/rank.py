@@ -16,8 +16,8 @@ from structc.recognize.build import tensor
 Array = NDArray[Any]
 MARGIN = 8
 SHARE = 1.25
-FLAT = 0.3
-"""Pivots of a matrix of full rank stay above this share of their median."""
+GROWTH = 8
+"""By how much elimination may enlarge the rounding of entries."""
 FIRST = 24
 
 
@@ -29,7 +29,7 @@ def low_rank(matrix: Matrix) -> Iterator[Proposal]:
     """
     m, n = matrix.shape
     most = (m * n - 1) // (m + n)
-    if most < 1 or not may_be_deficient(matrix.values, most):
+    if most < 1 or not may_be_deficient(matrix.values, most, matrix.noise):
         return
     found = thin(matrix.values, most, matrix.tolerance)
     if found is not None:
@@ -38,28 +38,38 @@ def low_rank(matrix: Matrix) -> Iterator[Proposal]:
         yield Proposal("low_rank", family, f"a {m} x {n} matrix of rank {len(v)}")
 
 
-def may_be_deficient(values: Array, most: int) -> bool:
+def may_be_deficient(values: Array, most: int, noise: float) -> bool:
     """Whether the rank can be at most ``most``, seen on a random part; False is certain.
 
     Math:    Gaussian elimination with row pivots leaves rounding after as many steps as there are
-             ranks. The last fifth of the pivots of a part is compared with the median of all.
+             ranks. A part that is a quarter larger than that is enough to tell.
+
+    Args:
+        noise: what rounding may have done to an entry.
 
     >>> rng = np.random.default_rng(0)
-    >>> may_be_deficient(rng.normal(size=(60, 60)), 20)
+    >>> may_be_deficient(rng.normal(size=(60, 60)), 20, 1e-12)
     False
-    >>> may_be_deficient(rng.normal(size=(60, 20)) @ rng.normal(size=(20, 60)), 20)
+    >>> may_be_deficient(rng.normal(size=(60, 20)) @ rng.normal(size=(20, 60)), 20, 1e-12)
     True
     """
     m, n = values.shape
-    side = min(m, n, int(SHARE * most) + MARGIN)
-    if side <= most:
-        return True
+    side = min(m, n, part_side(most))
     rng = np.random.default_rng(0)
-    rows, columns = rng.permutation(m)[:side], rng.permutation(n)[:side]
-    part = torch.from_numpy(values[np.ix_(rows, columns)])
-    factors = torch.linalg.lu_factor_ex(part)[0]
-    pivots = factors.diagonal().abs().numpy()
-    return bool(pivots[most:].max() <= FLAT * np.median(pivots[:most]) or pivots.max() == 0)
+    part = values[np.ix_(rng.permutation(m)[:side], rng.permutation(n)[:side])]
+    return part_is_deficient(part, most, noise)
+
+
+def part_side(most: int) -> int:
+    """The size of a part that tells whether the rank of the whole is at most ``most``."""
+    return int(SHARE * most) + MARGIN
+
+
+def part_is_deficient(part: Array, most: int, noise: float) -> bool:
+    """:func:`may_be_deficient` of a part that was chosen already."""
+    factors = torch.linalg.lu_factor_ex(torch.from_numpy(part))[0]
+    pivots = factors.diagonal().abs()[most:]
+    return not len(pivots) or float(pivots.max()) <= GROWTH * noise
 
 
 def thin(values: Array, most: int, tolerance: float) -> tuple[Array, Array] | None:

@@ -9,7 +9,6 @@ import numpy as np
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import diagonal, product
 from structc.recognize.kronecker import kronecker
-from structc.recognize.scaling import balanced
 from structc.recognize.shifts import circulant
 
 
@@ -22,7 +21,7 @@ def scaled(matrix: Matrix) -> Iterator[Proposal]:
     """
     if min(matrix.shape) < 2:
         return
-    parts = balanced(matrix.values)
+    parts = matrix.balanced
     inner = Matrix(parts.q, 0, matrix.unit)
     for recogniser in (circulant, kronecker):
         for proposal in recogniser(inner):

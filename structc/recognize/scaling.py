@@ -1,4 +1,8 @@
-"""Diagonal scalings of rows and columns, taken off before structure is looked for."""
+"""Diagonal scalings of rows and columns, taken off before structure is looked for.
+
+A recogniser that wants orthogonal rows first leaves columns as they are: a matrix with a choice of
+rows has no other way.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 SWEEPS = 60
-FIRST_SWEEPS = 8
 ORTHOGONAL = 0.1
 """Rows count as orthogonal where their products are this small against those of random rows."""
 
@@ -20,6 +23,10 @@ class Balanced(NamedTuple):
     q: Array
     r: Array
     s: Array
+
+    def turned(self) -> Balanced:
+        """The same of W^T, for a square W that was balanced on both sides."""
+        return Balanced(self.q.T, self.s, self.r)
 
 
 def balanced(values: Array, sweeps: int = SWEEPS) -> Balanced:
@@ -61,24 +68,7 @@ def _reciprocal(x: Array) -> Array:
     return np.divide(1.0, x, out=np.ones_like(x), where=x > 0)
 
 
-def orthonormal(values: Array) -> Balanced | None:
-    """The orthonormal rows O that a matrix ``diag(r) O diag(s)`` has, times sqrt(n); or None.
-
-    Free columns first: a matrix with a choice of rows has no other way. Only a square one is then
-    balanced on both sides.
-    """
-    m, n = values.shape
-    if m > n or m < 2:
-        return None
-    plain = row_balanced(values)
-    if _rows_are_orthogonal(plain.q):
-        return plain
-    if m < n or not _rows_are_orthogonal(balanced(values, FIRST_SWEEPS).q):
-        return None
-    return balanced(values)
-
-
-def _rows_are_orthogonal(q: Array) -> bool:
+def rows_are_orthogonal(q: Array) -> bool:
     """A few rows against all others: the root mean square of the products of unit rows."""
     m, n = q.shape
     picked = np.unique(np.linspace(0, m - 1, 4).astype(int))

@@ -41,7 +41,7 @@ def hankel(matrix: Matrix) -> Iterator[Proposal]:
 
 
 def _equal(one: Array, other: Array, matrix: Matrix) -> bool:
-    return float(np.abs(one - other).max()) <= matrix.slack * matrix.largest
+    return float(np.abs(one - other).max()) <= matrix.noise
 
 
 def _diagonal_means(values: Array) -> Array:

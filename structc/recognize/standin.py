@@ -51,7 +51,7 @@ class Transform(_Standin):
         self.kind, self.in_features = kind, n
 
     def to_dense(self):
-        return self.apply_rows(torch.eye(self.in_features, dtype=torch.float64))
+        return self.apply_rows(torch.eye(self.in_features, dtype=torch.float64)).T
 
     def apply_rows(self, x):
         x = x.detach().numpy()
