@@ -41,8 +41,8 @@ def low_rank(matrix: Matrix) -> Iterator[Proposal]:
 def may_be_deficient(values: Array, most: int, noise: float) -> bool:
     """Whether the rank can be at most ``most``, seen on a random part; False is certain.
 
-    Math:    Gaussian elimination with row pivots leaves rounding after as many steps as there are
-             ranks. A part that is a quarter larger than that is enough to tell.
+    Math:    Gaussian elimination with row pivots has at most as many pivots above rounding as
+             there are ranks. A part that is a quarter larger than ``most`` is enough to tell.
 
     Args:
         noise: what rounding may have done to an entry.
@@ -67,9 +67,8 @@ def part_side(most: int) -> int:
 
 def part_is_deficient(part: Array, most: int, noise: float) -> bool:
     """:func:`may_be_deficient` of a part that was chosen already."""
-    factors = torch.linalg.lu_factor_ex(torch.from_numpy(part))[0]
-    pivots = factors.diagonal().abs()[most:]
-    return not len(pivots) or float(pivots.max()) <= GROWTH * noise
+    pivots = torch.linalg.lu_factor_ex(torch.from_numpy(part))[0].diagonal().abs()
+    return int((pivots > GROWTH * noise).sum()) <= most
 
 
 def thin(values: Array, most: int, tolerance: float) -> tuple[Array, Array] | None:
