@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structc.recognize.base import Matrix, Proposal, Recogniser, Recognition, read, shifted
 from structc.recognize.blocks import block_diagonal
-from structc.recognize.build import rescaled
+from structc.recognize.build import dense, rescaled
 from structc.recognize.dictionary import dictionary
 from structc.recognize.displacement import displacement
 from structc.recognize.kronecker import kronecker
@@ -85,7 +85,7 @@ def recognize(weight: Tensor) -> Recognition | None:
 
 def _verified(matrix: Matrix, proposal: Proposal) -> Recognition | None:
     """The proposal with its measured residual, if that is within the rounding of the matrix."""
-    gap = proposal.family.to_dense().numpy() - matrix.values
+    gap = dense(proposal.family).numpy() - matrix.values
     residual = float(np.linalg.norm(gap)) / (matrix.norm or 1.0)
     if not residual <= matrix.tolerance:  # also refuses a residual that is NaN
         return None

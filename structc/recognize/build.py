@@ -41,13 +41,41 @@ def product(parts: Sequence[AbstractFamily]) -> AbstractFamily:
     return parts[0] if len(parts) == 1 else Product(list(parts))
 
 
+def dense(family: AbstractFamily) -> Tensor:
+    """The matrix of a family; of a product in O(n^2) beyond that of its one heavy part.
+
+    Selections and diagonals are applied to the heavy part from both sides instead of multiplied.
+    """
+    if not isinstance(family, Product):
+        return family.to_dense()
+    parts = list(family.parts)
+    heavy = next((k for k, p in enumerate(parts) if not isinstance(p, Selection | Diagonal)), 0)
+    matrix = parts[heavy].to_dense()
+    for part in reversed(parts[:heavy]):
+        if isinstance(part, Diagonal):
+            matrix = matrix * part.scale
+        else:
+            empty = matrix.new_zeros(len(matrix), part.in_features)
+            matrix = empty.index_add_(1, part.index, matrix)
+    for part in parts[heavy + 1 :]:
+        if isinstance(part, Diagonal):
+            matrix = part.scale[:, None] * matrix
+        elif isinstance(part, Selection):
+            matrix = matrix[part.index]
+        else:
+            following = part.to_dense()
+            dtype = torch.promote_types(following.dtype, matrix.dtype)
+            matrix = following.to(dtype) @ matrix.to(dtype)
+    return matrix
+
+
 def rescaled(family: AbstractFamily, exponent: int) -> AbstractFamily:
     """``2**exponent`` times a family that is linear in each of its parameters."""
     for parameter in family.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.data = tensor(shifted(parameter.detach().numpy(), exponent))
             return family
-    m = family.to_dense().shape[0]
+    m = dense(family).shape[0]
     return product([family, *diagonal(shifted(np.ones(m), exponent))])
 
 
@@ -118,10 +146,14 @@ class Scrambled:
         parts += [transform, *rows, *diagonal(this.r)]
         return Proposal(this.name(), product(parts), this.words())
 
+    @property
+    def natural(self) -> bool:
+        """Whether rows and columns stand in the order of the transform."""
+        return bool((np.diff(self.rows) > 0).all() and (np.diff(self.columns) > 0).all())
+
     def name(self) -> str:
         """``"dct2"`` where the orders are the natural ones, ``"permuted dct2"`` else."""
-        natural = bool((np.diff(self.rows) > 0).all() and (np.diff(self.columns) > 0).all())
-        return self.kind if natural else f"permuted {self.kind}"
+        return self.kind if self.natural else f"permuted {self.kind}"
 
     def words(self) -> str:
         """What was found, in a sentence."""

@@ -31,11 +31,16 @@ def dictionary(matrix: Matrix) -> Iterator[Proposal]:
     for turned in (False, True):
         this = matrix.transposed() if turned else matrix
         for window in (None, _window(this)):
-            for kind in kinds.COMPLEX + kinds.REAL if np.iscomplexobj(this.values) else kinds.REAL:
-                found = _rows_of(this, kind, window)
-                which = found.transposed() if found and turned else found
+            found = [_rows_of(this, kind, window) for kind in _kinds(this)]
+            # a DFT is an inverse one with other rows: the natural order is the better name
+            for each in sorted((f for f in found if f), key=lambda f: not f.natural):
+                which = each.transposed() if turned else each
                 if which is not None:
                     yield which.proposal(matrix.slack)
+
+
+def _kinds(matrix: Matrix) -> tuple[str, ...]:
+    return kinds.COMPLEX + kinds.REAL if np.iscomplexobj(matrix.values) else kinds.REAL
 
 
 def _window(matrix: Matrix) -> Array:
@@ -83,9 +88,8 @@ def _unused(taken: Array, count: int, wanted: int) -> Array:
 def _scales(values: Array, dense: Array, window: Array) -> tuple[Array, Array]:
     """r and s with ``values ~ diag(r) dense diag(s)``, from the window by least squares."""
     s, r = window, np.ones(len(values))
+    product, power = values * dense.conj(), np.abs(dense) ** 2
     for _ in range(3):
-        product = (values * dense.conj()).real if not np.iscomplexobj(values) else values * dense.conj()
-        power = np.abs(dense) ** 2
         r = _divided(product @ np.conj(s), power @ np.abs(s) ** 2)
         s = _divided(np.conj(r) @ product, np.abs(r) ** 2 @ power)
     return r, s

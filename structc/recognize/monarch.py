@@ -18,7 +18,7 @@ Array = NDArray[Any]
 RANKS = 16
 PROBE = RANKS + 8
 COARSE = 8
-"""On grids of up to 8 x 8 blocks any rank that saves parameters is looked for."""
+"""On grids of up to 8 x 8 blocks any rank that saves parameters is looked for, in two orders."""
 TRIED = 4
 
 
@@ -84,7 +84,8 @@ def _grids(matrix: Matrix) -> Iterator[Grid]:
             ranks = seen_ranks(matrix.values[r, c], min(most, RANKS), matrix.slack)
             for (a, b), seen in zip(parts, ranks, strict=True):
                 rank = int(seen)
-                if not rank and max(k, j) <= COARSE and most > RANKS:
+                coarse = max(k, j) <= COARSE and most > RANKS and "even-odd" not in (a, b)
+                if not rank and coarse:
                     rank = _rank_of_block(matrix, rows[a], columns[b], most)
                 if rank:
                     yield Grid(rank * k * j * (l + i), rank, k, j, a, b)

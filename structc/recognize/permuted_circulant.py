@@ -164,4 +164,6 @@ def wrapped_mean(square: Array) -> Array:
     n = len(square)
     # rows turned until the wrapped diagonals are columns
     at = (np.arange(n)[:, None] - np.arange(n)) % n
-    return np.asarray(np.take_along_axis(square, at, axis=1).mean(axis=0))
+    turned = np.take_along_axis(square, at, axis=1)
+    first = turned[0]  # sums of differences: what is equal stays so to the last bit
+    return np.asarray(first + (turned - first).mean(axis=0))

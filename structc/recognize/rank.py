@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dgetrf, zgetrf
 
 from structc.families import LowRank
 from structc.recognize.base import Matrix, Proposal
@@ -67,7 +67,8 @@ def part_side(most: int) -> int:
 
 def part_is_deficient(part: Array, most: int, noise: float) -> bool:
     """:func:`may_be_deficient` of a part that was chosen already."""
-    pivots = torch.linalg.lu_factor_ex(torch.from_numpy(part))[0].diagonal().abs()
+    factorise = zgetrf if np.iscomplexobj(part) else dgetrf
+    pivots = np.abs(factorise(part)[0].diagonal())
     return int((pivots > GROWTH * noise).sum()) <= most
 
 

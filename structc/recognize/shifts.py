@@ -47,7 +47,8 @@ def _equal(one: Array, other: Array, matrix: Matrix) -> bool:
 def _diagonal_means(values: Array) -> Array:
     """The mean over each diagonal i - j, from -(n - 1) to m - 1."""
     m, n = values.shape
-    sums = np.zeros(m + n - 1, dtype=values.dtype)
+    first = np.concatenate([values[0, ::-1], values[1:, 0]])
+    sums = np.zeros_like(first)  # of differences: what is equal stays so to the last bit
     for i, row in enumerate(values):
-        sums[i : i + n] += row[::-1]
-    return sums / np.convolve(np.ones(m), np.ones(n)).round()
+        sums[i : i + n] += row[::-1] - first[i : i + n]
+    return first + sums / np.convolve(np.ones(m), np.ones(n)).round()
