@@ -122,13 +122,11 @@ class Scrambled:
         r, s = self.r, self.s
         r = r.real if np.iscomplexobj(r) and np.abs(r.imag).max() <= slack * np.abs(r).max() else r
         s = s.real if np.iscomplexobj(s) and np.abs(s.imag).max() <= slack * np.abs(s).max() else s
-        for each, other in ((s, "r"), (r, "s")):
-            mean = each.mean()
-            if mean and np.abs(each / mean - 1).max() <= slack:
-                if other == "r":
-                    r, s = r * mean, np.ones(len(s))
-                elif not np.all(s == 1):
-                    r, s = np.ones(len(r)), s * mean
+        s_mean, r_mean = s.mean(), r.mean()
+        if s_mean and np.abs(s / s_mean - 1).max() <= slack:
+            r, r_mean, s = r * s_mean, r_mean * s_mean, np.ones(len(s))
+        if r_mean and np.abs(r / r_mean - 1).max() <= slack:
+            r = np.full(len(r), r_mean)
         return replace(self, r=_snapped(r, slack), s=_snapped(s, slack))
 
     def proposal(self, slack: float) -> Proposal:
