@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from structc.families import Diagonal, Product, Selection, Transform
 from structc.families.base import AbstractFamily
 from structc.recognize import kinds
 from structc.recognize.base import Proposal, shifted
-from structc.recognize.standin import BlockSparse, Diagonal, Product, Selection, Transform
+from structc.recognize.standin import BlockSparse
 
 Array = NDArray[Any]
+WIDE = torch.float64
 
 
 def tensor(values: Array) -> Tensor:
@@ -28,7 +30,7 @@ def selection(index: Array, in_features: int) -> list[AbstractFamily]:
     """y[i] = x[index[i]], as no part at all where that is the identity."""
     if len(index) == in_features and np.array_equal(index, np.arange(in_features)):
         return []
-    return [Selection(tensor(index.astype(np.int64)), in_features)]
+    return [Selection(tensor(index.astype(np.int64)), in_features, WIDE)]
 
 
 def diagonal(scale: Array) -> list[AbstractFamily]:
@@ -48,7 +50,7 @@ def dense(family: AbstractFamily) -> Tensor:
     """
     if not isinstance(family, Product):
         return family.to_dense()
-    parts = list(family.parts)
+    parts = [p for p in family.parts if isinstance(p, AbstractFamily)]
     heavy = next((k for k, p in enumerate(parts) if not isinstance(p, Selection | Diagonal)), 0)
     matrix = parts[heavy].to_dense()
     for part in reversed(parts[:heavy]):
@@ -139,7 +141,7 @@ class Scrambled:
             parts += selection(inverse(this.columns), inputs)
         else:
             parts.append(embedding(this.columns, inputs))
-        transform: AbstractFamily = Transform(this.kind, this.size)
+        transform: AbstractFamily = Transform(this.kind, this.size, WIDE)
         rows = selection(this.rows, outputs if this.kind != "irdft" else this.size)
         parts += [transform, *rows, *diagonal(this.r)]
         return Proposal(this.name(), product(parts), this.words())

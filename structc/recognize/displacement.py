@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from structc.families import Displacement
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import product, selection, tensor
 from structc.recognize.rank import may_be_deficient, thin
-from structc.recognize.standin import Displacement
 
 SHARE = 8
 """Ranks up to n / 8 are looked for: more cost as much as the matrix."""

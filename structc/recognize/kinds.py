@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 COMPLEX = ("dft", "idft")
-REAL = ("dct2", "dst2", "hartley", "hadamard", "dct3", "dst3", "dct4", "dst4")
-REAL += ("dct1", "dst1", "rdft", "haar")
+REAL = (
+    *("dct2", "dst2", "hartley", "hadamard", "dct3", "dst3"),
+    *("dct4", "dst4", "dct1", "dst1", "rdft", "haar"),
+)
 TRANSPOSE = {"dct2": "dct3", "dct3": "dct2", "dst2": "dst3", "dst3": "dst2", "rdft": "irdft"}
 """Kinds whose transpose is another kind times diagonals; the others are symmetric up to those."""
 

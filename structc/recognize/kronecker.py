@@ -67,7 +67,9 @@ def _grids(matrix: Matrix) -> Iterator[Grid]:
             most = min((m * n - 1) // (one + other), min(one, other) - 1, TERMS)
             if most < 1:
                 continue
-            left, right = (rng.permutation(min(c, FEW))[:PROBE] * (c // min(c, FEW)) for c in (one, other))
+            left, right = (
+                rng.permutation(min(c, FEW))[:PROBE] * (c // min(c, FEW)) for c in (one, other)
+            )
             i = (left // n1)[:, None] * (m // m1) + right // (n // n1)
             j = (left % n1)[:, None] * (n // n1) + right % (n // n1)
             terms = int(seen_ranks(matrix.values[i, j], most, matrix.slack))

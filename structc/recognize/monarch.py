@@ -93,7 +93,7 @@ def _grids(matrix: Matrix) -> Iterator[Grid]:
 
 def _some_blocks(n: int, blocks: int) -> dict[str, Array]:
     """For each order that differs the indices of one random block, shuffled."""
-    orders = ("contiguous", "strided", "even-odd")
+    orders: tuple[str, ...] = ("contiguous", "strided", "even-odd")
     if blocks in (1, n):
         orders = orders[: 1 + (blocks == n > 1)]
     rng = np.random.default_rng(0)

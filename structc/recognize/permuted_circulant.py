@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from structc.families import Circulant
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import diagonal, inverse, is_permutation, product, selection, tensor
 from structc.recognize.scaling import Balanced
-from structc.recognize.standin import Circulant
 
 Array = NDArray[Any]
 LABELS = 6

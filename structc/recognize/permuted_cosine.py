@@ -109,7 +109,9 @@ def natural_cosine(found: Scrambled) -> Scrambled:
     alternating = np.sign(found.s) * (1 - 2 * (columns % 2))
     if (alternating == alternating[0]).all():
         s = found.s * (1 - 2 * (columns % 2))
-        return replace(found, kind="dst2", rows=n - 1 - rows, columns=columns, r=found.r * signs, s=s)
+        return replace(
+            found, kind="dst2", rows=n - 1 - rows, columns=columns, r=found.r * signs, s=s
+        )
     return replace(found, rows=rows, columns=columns, r=found.r * signs)
 
 

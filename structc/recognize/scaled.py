@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import diagonal, product
 from structc.recognize.kronecker import kronecker

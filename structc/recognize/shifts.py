@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from structc.families import Circulant, Hankel, Toeplitz
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import tensor
 from structc.recognize.permuted_circulant import wrapped_mean
-from structc.recognize.standin import Circulant, Hankel, Toeplitz
 
 Array = NDArray[Any]
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from structc.families import LowRank
+from structc.families import Diagonal, LowRank
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import diagonal, product, selection, tensor
-from structc.recognize.standin import Diagonal
 
 
 def zero(matrix: Matrix) -> Iterator[Proposal]:
@@ -43,5 +42,3 @@ def one_a_row(matrix: Matrix) -> Iterator[Proposal]:
     name = "permutation" if plain else "scaled permutation"
     what = "one nonzero in each row" if (scale != 0).all() else "at most one nonzero in each row"
     yield Proposal(name, product(parts), f"a {name}: {what}")
-
-

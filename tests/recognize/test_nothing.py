@@ -31,8 +31,9 @@ LAWS = {
     "bits": lambda g, s: g.integers(0, 2, s).astype(float),
     "sparse": lambda g, s: g.normal(size=s) * (g.random(s) < 0.2),
     "rectified": lambda g, s: np.maximum(g.normal(size=s), 0),
-    "levels": lambda g, s: np.repeat(np.abs(g.normal(size=(s[0], s[1] // 4))), 4, axis=1)
-    * g.integers(-8, 8, s),
+    "levels": lambda g, s: (
+        np.repeat(np.abs(g.normal(size=(s[0], s[1] // 4))), 4, axis=1) * g.integers(-8, 8, s)
+    ),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

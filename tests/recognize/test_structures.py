@@ -94,8 +94,10 @@ WIDE: dict[str, tuple[str, Maker]] = {
     ),
     "Toeplitz times Toeplitz": (
         "displacement",
-        lambda: scipy.linalg.toeplitz(normal(64), normal(64, seed=2))
-        @ scipy.linalg.toeplitz(normal(64, seed=3), normal(64, seed=4)),
+        lambda: (
+            scipy.linalg.toeplitz(normal(64), normal(64, seed=2))
+            @ scipy.linalg.toeplitz(normal(64, seed=3), normal(64, seed=4))
+        ),
     ),
     "its columns reversed": (
         "displacement",
