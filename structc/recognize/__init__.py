@@ -35,10 +35,10 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     dictionary,
     low_rank,
     permuted_transforms,
-    permuted_circulants,
     kronecker,
-    displacement,
     scaled,
+    permuted_circulants,
+    displacement,
     monarch,
     permuted_monarch,
 )

@@ -56,7 +56,7 @@ def dense(family: AbstractFamily) -> Tensor:
     for part in reversed(parts[:heavy]):
         if isinstance(part, Diagonal):
             matrix = matrix * part.scale
-        else:
+        elif isinstance(part, Selection):
             empty = matrix.new_zeros(len(matrix), part.in_features)
             matrix = empty.index_add_(1, part.index, matrix)
     for part in parts[heavy + 1 :]:

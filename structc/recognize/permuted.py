@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from structc.recognize import kinds
 from structc.recognize.base import Matrix, Proposal
 from structc.recognize.build import Scrambled, is_permutation
-from structc.recognize.permuted_cosine import cosine4_columns, cosine_columns, natural_cosine
+from structc.recognize.permuted_cosine import (
+    NARROW,
+    cosine4_columns,
+    cosine_columns,
+    natural_cosine,
+)
 from structc.recognize.permuted_fourier import fourier_columns
 from structc.recognize.permuted_hadamard import hadamard_columns
 from structc.recognize.permuted_hartley import hartley_columns, real_fourier_columns
@@ -23,18 +28,19 @@ from structc.recognize.scaling import Balanced, row_balanced, rows_are_orthogona
 
 Array = NDArray[Any]
 PROBES = 4
-NARROW = 1e-3
-"""Slack of the dtypes whose entries place a few columns wrongly; the rows then correct them."""
 SHARP, BLURRED = 0.6, 0.1
-"""Share of a row's energy that its largest coefficient must have, there the second."""
+"""Share of a row's energy that its largest coefficient must have; in narrow dtypes the second.
+
+Their entries place a few columns wrongly; the rows then correct them.
+"""
 REFINEMENTS = 3
 
 
 class Columns(NamedTuple):
-    """A claim: column j of Q is column ``index[j]`` of the transform, times ``phase[j]``."""
+    """A claim: column j of Q is column ``places[j]`` of the transform, times ``phase[j]``."""
 
     kind: str
-    index: Array
+    places: Array
     phase: Array
 
 
@@ -94,7 +100,7 @@ def _labelled(parts: Balanced, slack: float) -> Iterator[Scrambled]:
 def _rows_of(parts: Balanced, claim: Columns, slack: float) -> Scrambled | None:
     """Which rows those are if the columns are what was claimed; None if they are no rows of T."""
     m, n = parts.q.shape
-    order = np.argsort(claim.index)
+    order = np.argsort(claim.places)
     probes = np.unique(np.linspace(0, m - 1, PROBES).astype(int))
     narrow = slack > NARROW
     if not _one_hot(
@@ -104,11 +110,11 @@ def _rows_of(parts: Balanced, claim: Columns, slack: float) -> Scrambled | None:
     rows, r = _named(claim.kind, _sorted(parts.q, claim, order))
     for _ in range(REFINEMENTS if narrow and m == n else 0):
         better = _named_columns(claim, parts.q, rows, r)
-        if better is None or np.array_equal(better.index, claim.index):
+        if better is None or np.array_equal(better.places, claim.places):
             break
         claim = better
-        rows, r = _named(claim.kind, _sorted(parts.q, claim, np.argsort(claim.index)))
-    found = Scrambled(claim.kind, n, rows, claim.index, parts.r * r, parts.s * claim.phase)
+        rows, r = _named(claim.kind, _sorted(parts.q, claim, np.argsort(claim.places)))
+    found = Scrambled(claim.kind, n, rows, claim.places, parts.r * r, parts.s * claim.phase)
     return natural_cosine(found)
 
 
@@ -136,4 +142,4 @@ def _named_columns(claim: Columns, q: Array, rows: Array, r: Array) -> Columns |
         return None
     columns = ((q * claim.phase.conj()) * np.sign(r)[:, None])[np.argsort(rows)].T
     index, _ = _named(other[0], columns)
-    return claim._replace(index=index) if is_permutation(index, n) else None
+    return claim._replace(places=index) if is_permutation(index, n) else None

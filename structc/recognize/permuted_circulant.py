@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from structc.families import Circulant
-from structc.recognize.base import Matrix, Proposal
+from structc.recognize.base import EXACT, Matrix, Proposal
 from structc.recognize.build import diagonal, inverse, is_permutation, product, selection, tensor
 from structc.recognize.scaling import Balanced
 
@@ -50,17 +50,26 @@ def _rows_agree(moduli: Array, slack: float) -> bool:
 
 def _orders(moduli: Array, slack: float) -> Iterator[tuple[Array, Array]]:
     """Orders (p, q) that labels of the values give; few, most often one that is right."""
-    n = len(moduli)
     row = np.sort(moduli[0])
-    single, double = _isolated(row, slack * row[-1])
+    for gap in (
+        EXACT,
+        slack,
+    ):  # narrow dtypes round different values together, not equal ones apart
+        found = _order(moduli, *_isolated(row, gap * row[-1]))
+        if found is not None:
+            yield found
+
+
+def _order(moduli: Array, single: Array, double: Array) -> tuple[Array, Array] | None:
+    """p and q from values that a row holds once, and twice."""
+    n = len(moduli)
     places = [np.abs(moduli - value).argmin(axis=1) for value in single[:LABELS]]
     places = [at for at in places if is_permutation(at, n)]
     for a, b in permutations(places, 2):
         order = _cycle(b[inverse(a)])
         if len(order) == n:
             q = inverse(order)
-            yield q[a], q
-            return
+            return q[a], q
     for a in places[:2]:
         for value in double[:LABELS]:
             two = np.argpartition(np.abs(moduli[:, a] - value), 1, axis=1)[:, :2]
@@ -69,8 +78,8 @@ def _orders(moduli: Array, slack: float) -> Iterator[tuple[Array, Array]]:
                 p = inverse(order)
                 q = np.empty_like(p)
                 q[a] = p
-                yield p, q
-                return
+                return p, q
+    return None
 
 
 def _isolated(row: Array, gap: float) -> tuple[Array, Array]:

@@ -14,6 +14,8 @@ from structc.recognize.build import Scrambled
 Array = NDArray[Any]
 ROWS_TRIED = 200
 SIGNS_TRIED = 8
+NARROW = 1e-3
+"""Slack of dtypes of sixteen bits."""
 
 
 def sign_candidates(q: Array, slack: float) -> Iterator[Array]:
@@ -36,12 +38,18 @@ def sign_candidates(q: Array, slack: float) -> Iterator[Array]:
 def generators(q: Array, template: Array, slack: float) -> Iterator[int]:
     """Rows that hold exactly the values of the template, which is sorted upwards.
 
-    Those are the rows of indices coprime to the period: any of them may be called the first.
+    Those are the rows of indices coprime to the period: any of them may be called the first. In
+    narrow dtypes others are near: the best come first.
     """
-    picked = np.arange(min(len(q), ROWS_TRIED))
-    for i in picked:
-        if np.abs(np.sort(q[i]) - template).max() <= 2 * slack:
-            yield int(i)
+    if slack <= NARROW:
+        yield from (i for i in range(len(q)) if _apart(q[i], template) <= 2 * slack)
+        return
+    gaps = np.array([_apart(row, template) for row in q])
+    yield from (int(i) for i in np.argsort(gaps) if gaps[i] <= 2 * slack)
+
+
+def _apart(row: Array, template: Array) -> float:
+    return float(np.abs(np.sort(row) - template).max())
 
 
 def cosine_columns(q: Array, slack: float) -> Iterator[tuple[str, Array, Array]]:

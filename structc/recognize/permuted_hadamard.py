@@ -24,7 +24,7 @@ def hadamard_columns(q: Array, slack: float) -> Iterator[tuple[str, Array, Array
     >>> [(kind, index.tolist()) for kind, index, _ in hadamard_columns(t, 1e-9)]
     [('hadamard', [0, 1, 3, 2])]
     """
-    m, n = q.shape
+    n = q.shape[1]
     if np.iscomplexobj(q) or n & (n - 1) or np.abs(np.abs(q) - 1).max() > slack:
         return
     phase, zero = np.sign(q[reference_row(q)]), reference_row(q.T)

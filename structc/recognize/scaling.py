@@ -58,7 +58,7 @@ def balanced(values: Array, sweeps: int = SWEEPS) -> Balanced:
 
 def row_balanced(values: Array) -> Balanced:
     """Rows of mean square 1, columns as they are."""
-    m, n = values.shape
+    n = values.shape[1]
     r = np.linalg.norm(values, axis=1) / np.sqrt(n)
     return Balanced(values * _reciprocal(r)[:, None], r, np.ones(n))
 
