@@ -1,0 +1,99 @@
+"""Exact structure in one matrix, found algebraically and accepted by a measured residual only.
+
+Each recogniser is one file and one line of :data:`RECOGNISERS`, cheap ones first. Beside the
+matrix they know the rounding of its dtype: a bfloat16 DFT is a DFT.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from structc.recognize.base import Matrix, Proposal, Recogniser, Recognition, read, shifted
+from structc.recognize.blocks import block_diagonal
+from structc.recognize.build import dense, rescaled
+from structc.recognize.dictionary import dictionary
+from structc.recognize.displacement import displacement
+from structc.recognize.kronecker import kronecker
+from structc.recognize.monarch import monarch
+from structc.recognize.permuted import permuted_transforms
+from structc.recognize.permuted_circulant import permuted_circulants
+from structc.recognize.permuted_monarch import permuted_monarch
+from structc.recognize.rank import low_rank
+from structc.recognize.scaled import scaled
+from structc.recognize.shifts import circulant, hankel, toeplitz
+from structc.recognize.trivial import one_a_row, zero
+
+RECOGNISERS: tuple[Recogniser, ...] = (
+    zero,
+    one_a_row,
+    block_diagonal,
+    circulant,
+    toeplitz,
+    hankel,
+    dictionary,
+    low_rank,
+    permuted_transforms,
+    kronecker,
+    scaled,
+    permuted_circulants,
+    displacement,
+    monarch,
+    permuted_monarch,
+)
+"""In the order in which they are asked; the first structure that holds is the answer.
+
+Cheap ones first, and of those that may hold together the one with fewer parameters: a DFT is a
+Monarch matrix and a Hadamard matrix a Kronecker product too.
+"""
+
+__all__ = ["RECOGNISERS", "Recognition", "recognize"]
+
+
+def recognize(weight: Tensor) -> Recognition | None:
+    """The exact structure of a matrix, or None.
+
+    Args:
+        weight: ``(m, n)``, of any dtype, finite or not; what it holds never raises.
+
+    Returns:
+        The first structure of :data:`RECOGNISERS` whose factors reproduce the weight within the
+        rounding of its dtype. Factors are float64 or complex128.
+
+    Raises:
+        ConfigError: the argument is no matrix with values.
+
+    >>> n = torch.arange(64.0, dtype=torch.float64)
+    >>> dct = torch.cos(torch.pi / 64 * n[:, None] * (n + 0.5))
+    >>> found = recognize(dct[torch.randperm(64)][:, torch.randperm(64)])
+    >>> found.name, found.residual < 1e-12
+    ('permuted dct2', True)
+    >>> recognize(torch.randn(64, 64)) is None
+    True
+    """
+    matrix = read(weight)
+    if matrix is None:
+        return None
+    with torch.no_grad(), np.errstate(all="ignore"):
+        for recogniser in RECOGNISERS:
+            for proposal in recogniser(matrix):
+                if found := _verified(matrix, proposal):
+                    return found
+    return None
+
+
+def _verified(matrix: Matrix, proposal: Proposal) -> Recognition | None:
+    """The proposal with its measured residual, if that is within the rounding of the matrix."""
+    gap = dense(proposal.family).numpy() - matrix.values
+    residual = float(np.linalg.norm(gap)) / (matrix.norm or 1.0)
+    if not residual <= matrix.tolerance:  # also refuses a residual that is NaN
+        return None
+    return Recognition(
+        name=proposal.name,
+        family=rescaled(proposal.family, matrix.exponent) if matrix.exponent else proposal.family,
+        residual=residual,
+        max_error=float(shifted(np.abs(gap).max(), matrix.exponent)),
+        tolerance=matrix.tolerance,
+        words=proposal.words,
+    )

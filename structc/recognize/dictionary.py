@@ -1,0 +1,99 @@
+"""Rows of fixed transforms in their natural column order: chosen, permuted, scaled, windowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from structc.recognize import kinds
+from structc.recognize.base import Matrix, Proposal
+from structc.recognize.build import Scrambled
+
+Array = NDArray[Any]
+PROBES = 4
+PURE, WINDOWED = 0.98, 0.5
+"""Share of a row's energy in its largest coefficient, with flat columns and with a window."""
+
+
+def dictionary(matrix: Matrix) -> Iterator[Proposal]:
+    """W = diag(r) S T diag(s): rows S of a transform T, with a window s; also W^T.
+
+    Math:    each row of ``W diag(1/s) T^-1`` has one nonzero, which names the row of T and r. The
+             window is guessed from the norms of columns: cos^2 + sin^2 = 1 for every frequency
+             that is there with both, so an STFT kernel shows its window.
+    Cost:    a fast transform of four rows a kind; O(m n log n) for a hit.
+    """
+    if min(matrix.shape) < 2:
+        return
+    for turned in (False, True):
+        this = matrix.transposed() if turned else matrix
+        for window in (None, _window(this)):
+            found = [_rows_of(this, kind, window) for kind in _kinds(this)]
+            # a DFT is an inverse one with other rows: the natural order is the better name
+            for each in sorted((f for f in found if f), key=lambda f: not f.natural):
+                which = each.transposed() if turned else each
+                if which is not None:
+                    yield which.proposal(matrix.slack)
+
+
+def _kinds(matrix: Matrix) -> tuple[str, ...]:
+    return kinds.COMPLEX + kinds.REAL if np.iscomplexobj(matrix.values) else kinds.REAL
+
+
+def _window(matrix: Matrix) -> Array:
+    """Root mean square of each column."""
+    return np.linalg.norm(matrix.values, axis=0) / np.sqrt(matrix.shape[0])
+
+
+def _rows_of(matrix: Matrix, kind: str, window: Array | None) -> Scrambled | None:
+    values, (m, n) = matrix.values, matrix.shape
+    if not kinds.exists(kind, n):
+        return None
+    picked = np.unique(np.linspace(1, m - 1, PROBES).astype(int))
+    picked = picked[values[picked].any(axis=1)]
+    flat = _flattened(values[picked], window)
+    energy = np.abs(kinds.analyse(kind, flat)) ** 2
+    share = PURE if window is None else WINDOWED
+    if not len(picked) or (energy.max(axis=1) < share * energy.sum(axis=1)).any():
+        return None
+    coefficients = kinds.analyse(kind, _flattened(values, window))
+    rows = np.abs(coefficients).argmax(axis=1)
+    r = coefficients[np.arange(m), rows]
+    empty = ~values.any(axis=1)
+    rows[empty] = _unused(rows[~empty], coefficients.shape[1], int(empty.sum()))
+    r[empty] = 0
+    if window is None:
+        return Scrambled(kind, n, rows, np.arange(n), r, np.ones(n))
+    dense = kinds.forward(kind, np.eye(n)).T[rows]
+    r, s = _scales(values, dense, window)
+    return Scrambled(kind, n, rows, np.arange(n), r, s)
+
+
+def _flattened(rows: Array, window: Array | None) -> Array:
+    """Without the window; columns that it hides stay zero."""
+    if window is None:
+        return rows
+    return np.divide(rows, window, out=np.zeros_like(rows), where=window > 1e-6 * window.max())
+
+
+def _unused(taken: Array, count: int, wanted: int) -> Array:
+    """Row names for zero rows, so that no name stands twice where that can be."""
+    free = np.setdiff1d(np.arange(count), taken)
+    return free[:wanted] if len(free) >= wanted else np.zeros(wanted, dtype=np.int64)
+
+
+def _scales(values: Array, dense: Array, window: Array) -> tuple[Array, Array]:
+    """r and s with ``values ~ diag(r) dense diag(s)``, from the window by least squares."""
+    s, r = window, np.ones(len(values))
+    product, power = values * dense.conj(), np.abs(dense) ** 2
+    for _ in range(3):
+        r = _divided(product @ np.conj(s), power @ np.abs(s) ** 2)
+        s = _divided(np.conj(r) @ product, np.abs(r) ** 2 @ power)
+    return r, s
+
+
+def _divided(x: Array, y: Array) -> Array:
+    return np.divide(x, y, out=np.zeros_like(x), where=y > 0)
