@@ -289,7 +289,7 @@ def _without(request: Request, rows: Sequence[Row]) -> Refusal | None:
     if isinstance(request.form, Tile):
         stages = analyse(request.form, request.dtype)
         if isinstance(stages, Refusal):
-            return stages
+            return None if stages.code == "SPECTRAL" else stages  # libraries serve transforms
     return next((_refusal_of(r) for r in rows if r.status == "refused"), None)
 
 

@@ -109,7 +109,7 @@ def calibrate(
     Errors: :class:`CalibrationError` if a batch does not fit the model, or rows reach an input and
         none of them is finite.
     """
-    groups = {site.group: site for site in reversed(sites.linear)}
+    groups = {site.group: site for site in reversed(sites.linear) if site.window is None}
     calls, dropped = _finite_calls(calls)
     notes = [f"{dropped} calibration batches with NaN or infinity were left out"] if dropped else []
     stats: dict[str, InputStats] = {}

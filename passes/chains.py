@@ -11,7 +11,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from structc.forms import Act, Add, Bias, Block, Keep, Load, Mul, Norm, Sparse, Tile
+from structc.forms import SPECTRAL, Act, Add, Bias, Block, Keep, Load, Mul, Norm, Sparse, Tile
 from structc.passes.activation import activation_of
 from structc.passes.linear_uses import rows_of
 from structc.records import Region
@@ -204,8 +204,8 @@ def _tile_link(node: torch.fx.Node, view: torch.fx.GraphModule) -> Link | None:
         return None
     inputs, weights, program = _args(made, 3)
     steps = Tile.parse(str(program)).steps
-    if len(inputs) != 1 or any(isinstance(s, (Keep, Load, Add, Mul)) for s in steps):
-        return None  # it has slots of its own
+    if len(inputs) != 1 or any(isinstance(s, (Keep, Load, Add, Mul, *SPECTRAL)) for s in steps):
+        return None  # it has slots of its own, or is for a library of transforms
     return Link(node, inputs[0], steps, tuple(weights))
 
 

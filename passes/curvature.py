@@ -70,7 +70,7 @@ def output_grams(
 def _affordable(sites: Sites, memory_mb: float) -> tuple[list[LinearSite], list[str]]:
     chosen: list[LinearSite] = []
     held = 0.0
-    layers = [s for s in sites.linear if s.module]
+    layers = [s for s in sites.linear if s.module and s.window is None]
     for site in sorted(layers, key=lambda s: s.out_features):
         held += site.out_features**2 * 8 / 1e6
         if held <= memory_mb:

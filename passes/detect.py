@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structc.passes.detect_attention import attention_sites
 from structc.passes.linear_uses import TRANSPOSES, Use, full_name, linear_uses
+from structc.passes.windows import convolution_sites
 from structc.records import Captured, LinearSite, NodeRef, Refusal, Sites
 
 aten = torch.ops.aten
@@ -66,7 +67,10 @@ def detect(captured: Captured) -> Sites:
     sites.sort(key=lambda s: order.get(s.weight, len(order)))
     attention = tuple(a for region in graphs for a in attention_sites(region, captured))
     unique = {a.name: a for a in attention}
-    return Sites(tuple(sites), tuple(unique.values()), tuple(refusals))
+    convolutions = list(convolution_sites(captured))
+    refusals += [c for c in convolutions if isinstance(c, Refusal)]
+    able = tuple(c for c in convolutions if isinstance(c, LinearSite))
+    return Sites(tuple(sites), tuple(unique.values()), tuple(refusals), able)
 
 
 # ---------------------------------------------------------------------------- leaves

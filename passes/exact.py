@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Mapping
 
 import torch
-from structc.recognize import Recognition, recognize
 
 from structc.families import AbstractFamily
 from structc.passes.fit import one_thread_each
 from structc.passes.objective import weight_of
+from structc.recognize import Recognition, recognize
 from structc.records import Captured, LinearSite, Sites
 
 log = logging.getLogger("structc.exact")
@@ -27,12 +27,13 @@ def recognised(
     """The sites whose weight has an exact structure, with the factors.
 
     rewrite:      linear(x, W, b)  -->  structc::tile(x, factors, program with bias)
+                  conv(x, W, b)    -->  the same on every window of x
     Sound because: the factors reproduce the weight within the rounding of its own dtype, which is
         measured on the whole matrix; the rewritten model is verified besides.
     Skips when:   the weight is tied or over 16 million elements; nothing is recognised; the
         structure is complex, or takes more arithmetic than the dense product.
     """
-    jobs = [s for s in sites.linear if "tied" not in s.tags]
+    jobs = [s for s in (*sites.linear, *sites.convolutions) if "tied" not in s.tags]
     jobs = [s for s in jobs if s.in_features * s.out_features <= LARGEST]
 
     def one(site: LinearSite) -> Recognition | None:

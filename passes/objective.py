@@ -149,6 +149,8 @@ class Objectives:
 def weight_of(captured: Captured, site: LinearSite) -> Tensor:
     """The site's matrix ``(out_features, in_features)``, in whatever order it is stored."""
     weight: Tensor = operator.attrgetter(site.weight)(captured.tree).detach()
+    if site.window is not None:
+        return weight.flatten(1)
     return weight.t() if site.transposed else weight
 
 

@@ -15,6 +15,7 @@ from structc.passes.activation import following_activation
 from structc.passes.chains import find_chains, fuse
 from structc.passes.clone import clone_tree, replace_modules
 from structc.passes.region import Runner, attributes_of, install, view_of
+from structc.passes.windows import Windowed, replace_convolution
 from structc.records import Captured, LinearSite, Region, Sites
 
 aten = torch.ops.aten
@@ -66,7 +67,9 @@ def rewrite(
     for name, module in modules.items():
         site = by_name[name]
         places[name] = site.module or _adopt(tree, site, module)
-    leaves = {by_name[n].module: m for n, m in modules.items() if by_name[n].module}
+        places[name] += ".map" if site.window else ""
+    leaves = {by_name[n].module: _leaf(m, by_name[n]) for n, m in modules.items()}
+    leaves.pop("", None)
     replace_modules(tree, leaves)
     runners, used = [], set()
     for region in captured.regions:
@@ -79,6 +82,10 @@ def rewrite(
             graph = view_of(region.graph, tree.get_submodule(region.path), graph.graph)
         runners.append(install(tree.get_submodule(region.path), replace(region, graph=graph)))
     return Product(tree, tuple(runners), dict(modules), frozenset(used))
+
+
+def _leaf(module: AbstractFamily, site: LinearSite) -> nn.Module:
+    return module if site.window is None else Windowed(module, site.window)
 
 
 def _adopt(tree: nn.Module, site: LinearSite, module: AbstractFamily) -> str:
@@ -132,7 +139,11 @@ def _rewrite_graph(
         site = sites[name]
         place = places[name].removeprefix(f"{region.path}." if region.path else "")
         for ref in site.nodes:
-            if ref.region == region.path:
+            if ref.region != region.path:
+                continue
+            if site.window is not None:
+                replace_convolution(graph, nodes[ref.node], module, place, site.window)
+            else:
                 replace_linear(graph, nodes[ref.node], module, place, site)
     graph.eliminate_dead_code()
     graph.lint()

@@ -91,8 +91,9 @@ class Lab:
         self.untouched = frozenset(untouched)
         modules: dict[str, AbstractFamily] = {}
         for site, choice in plan.choices.items():
-            if choice.family == Dense.name and (site in untouched or _plain(table[site])):
-                continue
+            stays = site in untouched or _plain(table[site]) or self.by_name[site].window
+            if choice.family == Dense.name and stays:
+                continue  # a convolution as a matrix of windows is no faster than it is
             made = self.module(site, choice)
             if not isinstance(made, Refusal):
                 modules[site] = made

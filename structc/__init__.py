@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from structc.built import build
     from structc.compiled import CompiledModel
     from structc.pipeline import compile, compile_, inspect, reset
+    from structc.recognize import Recognition, recognize
     from structc.records import Refusal
     from structc.reload import load
     from structc.report import Report
@@ -52,8 +53,10 @@ _LAZY = {
     "build": "structc.built",
     "compile": "structc.pipeline",
     "compile_": "structc.pipeline",
+    "Recognition": "structc.recognize",
     "inspect": "structc.pipeline",
     "load": "structc.reload",
+    "recognize": "structc.recognize",
     "reset": "structc.pipeline",
 }
 _MODULES = ("families", "metrics")
@@ -72,6 +75,7 @@ __all__ = [
     "ConfigError",
     "InternalError",
     "Interrupted",
+    "Recognition",
     "Refusal",
     "Report",
     "ResumeMismatch",
@@ -85,6 +89,7 @@ __all__ = [
     "inspect",
     "load",
     "metrics",
+    "recognize",
     "reset",
 ]
 

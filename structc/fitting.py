@@ -55,12 +55,23 @@ def calibrated(
 
 def known_structures(
     captured: Captured, sites: Sites, options: Options, notes: Log
-) -> dict[str, AbstractFamily]:
-    """The structures that weights have exactly; each is told in the notes."""
+) -> tuple[Sites, dict[str, AbstractFamily]]:
+    """The structures that weights have exactly; each is told in the notes.
+
+    Convolutions with one are linear sites from here on, the others stay as they are.
+    """
     found = recognised(captured, sites, options.progress)
     for name, recognition in found.items():
         notes.notes.append(f"{name}: {recognition.words}")
-    return {name: recognition.family for name, recognition in found.items()}
+    linear = [*sites.linear]
+    for site in sites.convolutions:
+        if site.name in found:
+            linear.append(site)
+            continue
+        reason = "its kernels have no exact structure; convolutions are not approximated"
+        notes.refusals.append(Refusal(site.name, "recognise", "NO_STRUCTURE", reason))
+    families = {name: recognition.family for name, recognition in found.items()}
+    return replace(sites, linear=tuple(linear), convolutions=()), families
 
 
 def reached(sites: Sites, profile: Profile | None, notes: Log) -> Sites:
@@ -68,10 +79,11 @@ def reached(sites: Sites, profile: Profile | None, notes: Log) -> Sites:
     if profile is None:
         return sites
     for site in sites.linear:
-        if site.group not in profile.stats:
+        if site.group not in profile.stats and site.window is None:
             reason = f"none of {profile.batches} calibration batches reached it"
             notes.refusals.append(Refusal(site.name, "calibrate", "UNREACHED", reason))
-    return replace(sites, linear=tuple(s for s in sites.linear if s.group in profile.stats))
+    seen = (s for s in sites.linear if s.group in profile.stats or s.window is not None)
+    return replace(sites, linear=tuple(seen))
 
 
 def fitted(

@@ -143,7 +143,7 @@ class Log:
 
 def keep(sites: Sites, options: Options, notes: Log) -> Sites:
     """Leave out what the user wants left alone; patterns that match nothing are errors."""
-    every = [s.name for s in sites.linear]
+    every = [s.name for s in (*sites.linear, *sites.convolutions)]
     known = [*every, *(r.site for r in sites.refusals)]
     dropped: set[str] = set()
     for pattern in options.ignore:
@@ -156,10 +156,14 @@ def keep(sites: Sites, options: Options, notes: Log) -> Sites:
     for pattern in options.config:
         if pattern != "_default":
             names.select(pattern, known, "config")
-    for site in sites.linear:
-        if site.name in dropped:
-            notes.refusals.append(Refusal(site.name, "", "IGNORED", "ignore= names it"))
-    return replace(sites, linear=tuple(s for s in sites.linear if s.name not in dropped))
+    for name in every:
+        if name in dropped:
+            notes.refusals.append(Refusal(name, "", "IGNORED", "ignore= names it"))
+    linear, convolutions = (
+        tuple(s for s in found if s.name not in dropped)
+        for found in (sites.linear, sites.convolutions)
+    )
+    return replace(sites, linear=linear, convolutions=convolutions)
 
 
 def forced(site: LinearSite, options: Options) -> tuple[bool, Any] | None:
@@ -183,7 +187,7 @@ def proposals(
     yield Dense.name, {}
     if known is not None and forced(site, options) is None:
         yield known.name, known.hyper()
-    if options.budget.exact:
+    if options.budget.exact or site.window is not None:
         return
     asked = forced(site, options)
     if asked is not None:

@@ -196,7 +196,7 @@ def inspect(
         with notes.stage("detect"):
             sites = keep(detect(captured), options, notes)
         with notes.stage("recognise"):
-            known = known_structures(captured, sites, options, notes)
+            sites, known = known_structures(captured, sites, options, notes)
         with notes.stage("price"):
             prices = price(sites, options, notes, known)
         table = {s.name: priced_only(s, prices, options, notes) for s in sites.linear}
@@ -247,7 +247,7 @@ def _stages(
         sites = keep(detect(captured), options, notes)
     dump("detect", sites)
     with stage("recognise"):
-        known = known_structures(captured, sites, options, notes)
+        sites, known = known_structures(captured, sites, options, notes)
     dump("recognise", {name: family.extra_repr() for name, family in known.items()})
     with stage("calibrate"):
         profile = calibrated(captured, sites, parts, options, work, notes)

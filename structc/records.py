@@ -103,6 +103,15 @@ class NodeRef:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What a convolution multiplies at each place: sizes, steps, zeros around; one a dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LinearSite:
     """One dense linear map of the model with constant weight: ``y = x @ W.T + b``.
 
@@ -118,7 +127,8 @@ class LinearSite:
         rows: rows of ``x`` in one call with the example inputs (product of the leading dims).
         dtype: of the weight.
         group: name of the input that it shares with other sites (q, k, v share one).
-        tags: ``"tied"``, ``"transposed"``, ``"functional"``.
+        tags: ``"tied"``, ``"transposed"``, ``"functional"``, ``"convolution"``.
+        window: of a convolution, whose weight counts as a matrix (out, in * kernel).
     """
 
     name: str
@@ -134,6 +144,7 @@ class LinearSite:
     dtype: torch.dtype
     group: str
     tags: frozenset[str] = frozenset()
+    window: Window | None = None
 
 
 @dataclass(frozen=True)
@@ -390,8 +401,11 @@ class Sites:
         linear: dense linear maps.
         attention: attention ops; reported, not rewritten.
         refusals: dense maps that must stay as they are, with the reason.
+        convolutions: those that may turn out to have an exact structure; ``linear`` has those that
+            do, from then on.
     """
 
     linear: tuple[LinearSite, ...]
     attention: tuple[AttentionSite, ...]
     refusals: tuple[Refusal, ...]
+    convolutions: tuple[LinearSite, ...] = ()

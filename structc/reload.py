@@ -108,7 +108,7 @@ def _regions_again(tree: nn.Module, manifest: Mapping[str, Any], path: Path) -> 
     return tuple(regions)
 
 
-_PRODUCTS = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul")
+_PRODUCTS = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul", "aten.conv")
 
 
 def _check_nodes(regions: Sequence[Region], sites: Sites, path: Path) -> None:

@@ -24,7 +24,7 @@ from structc.artifact.files import (
 from structc.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, InternalError
 from structc.families import BY_NAME
 from structc.forms import Tile
-from structc.records import Choice, DimGuard, Guards, LinearSite, NodeRef, Plan, Sites
+from structc.records import Choice, DimGuard, Guards, LinearSite, NodeRef, Plan, Sites, Window
 from structc.report import Report
 
 MOST_BYTES = 64 * 1024 * 1024
@@ -195,7 +195,17 @@ def _site_from(data: Mapping[str, Any]) -> LinearSite:
         rows=_natural(data["rows"]),
         dtype=dtype,
         tags=frozenset(map(str, data["tags"])),
+        window=None if data["window"] is None else _window_from(data["window"]),
     )
+
+
+def _window_from(data: Mapping[str, Any]) -> Window:
+    kernel, stride, padding = (
+        tuple(_natural(v) for v in data[k]) for k in ("kernel", "stride", "padding")
+    )
+    if not 1 <= len(kernel) == len(stride) == len(padding) <= 2 or 0 in (*kernel, *stride):
+        raise ValueError(f"{dict(data)} is no window")
+    return Window(kernel, stride, padding)
 
 
 def guards_from(data: Mapping[str, Any], where: Path) -> tuple[str, str, Guards, list[Any]]:
@@ -266,7 +276,10 @@ def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]
             continue
         shape = (site.out_features, site.in_features)
         want = shape[::-1] if site.transposed else shape
-        if every.get(site.weight) != want:
+        have = every.get(site.weight)
+        if site.window is not None and have is not None and len(have) > 2:
+            have = (have[0], math.prod(have[1:]))
+        if have != want:
             wrong.append(f"{site.weight} is {every.get(site.weight)}, the artifact has {want}")
         if site.bias is not None and site.bias not in every:
             wrong.append(f"{site.bias} is missing")
