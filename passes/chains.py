@@ -11,7 +11,21 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from structc.forms import SPECTRAL, Act, Add, Bias, Block, Keep, Load, Mul, Norm, Sparse, Tile
+from structc.forms import (
+    SPECTRAL,
+    Act,
+    Add,
+    Bias,
+    Block,
+    Keep,
+    Load,
+    Mul,
+    Norm,
+    Repeat,
+    Shared,
+    Sparse,
+    Tile,
+)
 from structc.passes.activation import activation_of
 from structc.passes.linear_uses import rows_of
 from structc.records import Region
@@ -342,7 +356,7 @@ def _chain(links: list[Link], region: Region) -> Chain | None:
     steps = _steps(links, inputs)
     if steps is None or len(inputs) > SLOTS:
         return None
-    if sum(isinstance(s, (Block, Sparse)) for s in steps) > MOST_FACTORS:
+    if sum(isinstance(s, (Block, Shared, Repeat, Sparse)) for s in steps) > MOST_FACTORS:
         return None
     return Chain(tuple(links), Tile(steps), tuple(inputs), rows_of(links[0].x, region), dtype)
 

@@ -26,6 +26,7 @@ from structc.forms import (
     Form,
     Norm,
     PackedDense,
+    Repeat,
     Shared,
     Tile,
     parse_form,
@@ -306,6 +307,8 @@ def _shapes(form: Form) -> list[tuple[tuple[int, ...], ...]]:
                 found.append(((1, b, c, 1), (b, c)))
             case Block(a, b, c, d):
                 found.append(((a, b, c, d), (a, b, c)) if d == 1 else ((a, b, c, d),))
+            case Repeat(_, b, c, d):
+                found.append(((b, c, d),))
             case Shared(_, b, c, _):
                 found.append(((b, c),))
             case Convolve():

@@ -35,6 +35,7 @@ from structc.steps import (
     Mul,
     Norm,
     Permute,
+    Repeat,
     Select,
     Shared,
     Sparse,
@@ -60,6 +61,7 @@ __all__ = [
     "Norm",
     "PackedDense",
     "Permute",
+    "Repeat",
     "Select",
     "Shared",
     "Sparse",
@@ -71,7 +73,7 @@ __all__ = [
 
 _TEXT = re.compile(r"(\w+)\(([^()]*)\)")
 _WHOLE = re.compile(r"-?\d+")
-FACTORS = (Block, Shared, Sparse, Permute, Select, *SPECTRAL)
+FACTORS = (Block, Shared, Repeat, Sparse, Permute, Select, *SPECTRAL)
 """Steps that are a matrix."""
 
 

@@ -22,6 +22,7 @@ from structc.forms import (
     Mul,
     Norm,
     Permute,
+    Repeat,
     Select,
     Shared,
     Sparse,
@@ -60,6 +61,9 @@ def apply_step(step: Step, x: Tensor, left: Iterator[Tensor], slots: dict[int, T
     match step:
         case Block(a, b, c, d):
             x = _block(x, next(left).reshape(a, b, c, d))
+        case Repeat(a, b, c, d):
+            y = _block(x.unflatten(-1, (a, c * d)), next(left).reshape(1, b, c, d))
+            x = y.flatten(-2)
         case Shared(a, b, c, d):
             x = _shared(x, next(left).reshape(b, c), (a, c, d))
         case Permute(p, q):

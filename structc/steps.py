@@ -77,6 +77,40 @@ class Shared(Written):
 
 
 @dataclass(frozen=True)
+class Repeat(Written):
+    """``I_a (x)`` one factor: a Kronecker-sparse factor whose a blocks are one.
+
+    Math:    y[al, be, de] = sum_ga w[be, ga, de] * x[al, ga, de].
+    Shapes:  x (..., a*c*d);  w (b, c, d);  y (..., a*b*d).
+    Cost:    flops = 2*a*b*c*d a row; params = b*c*d.
+    Source:  the tied levels of Dao et al. 2019, arXiv:1903.05895.
+    """
+
+    a: int
+    b: int
+    c: int
+    d: int
+    word: ClassVar[str] = "repeat"
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.a * self.c * self.d
+
+    @property
+    def out_features(self) -> int:
+        return self.a * self.b * self.d
+
+    @property
+    def params(self) -> int:
+        return self.b * self.c * self.d
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.a * self.b * self.c * self.d
+
+
+@dataclass(frozen=True)
 class Permute(Written):
     """The perfect shuffle that transposes ``(p, q)``: y[j, i] = x[i, j].  x (..., p*q)."""
 
@@ -236,7 +270,7 @@ SLOTS = 16
 SPECTRAL = (Convolve, Displace, Flip, Transform)
 """Steps that no emitted kernel serves: libraries of transforms do."""
 Step = (
-    Block | Shared | Permute | Bias | Act | Add | Norm | Mul | Keep | Load | Select | Sparse
+    Block | Shared | Repeat | Permute | Bias | Act | Add | Norm | Mul | Keep | Load | Select | Sparse
     | Flip | Convolve | Displace | Transform
 )  # fmt: skip
 STEPS: dict[str, type[Step]] = {s.word: s for s in Step.__args__}

@@ -20,6 +20,7 @@ from structc.forms import (
     Mul,
     Norm,
     Permute,
+    Repeat,
     Select,
     Shared,
     Sparse,
@@ -70,7 +71,7 @@ class Stage:
     block: Block
     out: int
     weights: tuple[int, ...] = ()
-    parts: tuple[Block | Shared, ...] = ()
+    parts: tuple[Block | Shared | Repeat, ...] = ()
     blocks: int = 0
     run: int = 1
     ordered: int = 0
@@ -137,7 +138,7 @@ def analyse(form: Tile, dtype: torch.dtype = torch.float32) -> Program | Refusal
 
 
 def _filled(step: Step) -> bool:
-    if isinstance(step, (Block, Shared)):
+    if isinstance(step, (Block, Shared, Repeat)):
         return min(step.a, step.b, step.c, step.d) > 0
     if isinstance(step, Sparse):
         return min(step.m, step.n) > 0
@@ -166,7 +167,7 @@ class _Reader:
     def take(self, step: Step) -> None:
         self.n = self.n or (0 if isinstance(step, Load) else step.in_features)
         match step:
-            case Block(a, b, c, d) | Shared(a, b, c, d):
+            case Block(a, b, c, d) | Shared(a, b, c, d) | Repeat(a, b, c, d):
                 self._block(Block(a, b, c, d))
                 self.stages[-1] = replace(self.stages[-1], parts=(step,))
             case Sparse(m, n, b, c, nnz):
@@ -297,7 +298,7 @@ def _size(block: Block) -> int:
     return block.a * block.b * block.c * block.d
 
 
-def product(blocks: Sequence[Block | Shared], weights: Sequence[Tensor]) -> Tensor:
+def product(blocks: Sequence[Block | Shared | Repeat], weights: Sequence[Tensor]) -> Tensor:
     """The weight of consecutive factors that were merged, (a, b, c, d).
 
     >>> butterfly = [Block(2, 2, 2, 1), Block(1, 2, 2, 2)]
@@ -322,8 +323,10 @@ def product(blocks: Sequence[Block | Shared], weights: Sequence[Tensor]) -> Tens
     return weight
 
 
-def full(step: Block | Shared, weight: Tensor) -> Tensor:
+def full(step: Block | Shared | Repeat, weight: Tensor) -> Tensor:
     """A factor's weight as (a, b, c, d), also where all blocks are one."""
     if isinstance(step, Shared):
         return weight.reshape(1, step.b, step.c, 1).expand(step.a, -1, -1, step.d)
+    if isinstance(step, Repeat):
+        return weight.reshape(1, step.b, step.c, step.d).expand(step.a, -1, -1, -1)
     return weight.reshape(step.a, step.b, step.c, step.d)

@@ -19,6 +19,7 @@ from structc.forms import (
     Mul,
     Norm,
     Permute,
+    Repeat,
     Select,
     Shared,
     Sparse,
@@ -106,6 +107,8 @@ def sample(
                 weights.append(noise(a, b, c, d) * (1.5 / c**0.5))
             case Select(m, n):
                 weights.append(torch.randint(n, (m,), generator=generator, device="cpu"))
+            case Repeat(_, b, c, d):
+                weights.append(noise(b, c, d) * (1.5 / c**0.5))
             case Shared(_, b, c, _):
                 weights.append(noise(b, c) * (1.5 / c**0.5))
             case Convolve():

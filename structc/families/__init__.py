@@ -17,6 +17,7 @@ from structc.families.diagonal import Diagonal
 from structc.families.displacement import Displacement
 from structc.families.hankel import Hankel
 from structc.families.kronecker import Kronecker
+from structc.families.learned_butterfly import LearnedButterfly
 from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
 from structc.families.pixelfly import Pixelfly
@@ -36,6 +37,7 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     Kronecker,
     Pixelfly,
     Butterfly,
+    LearnedButterfly,
     Circulant,
     Toeplitz,
     Hankel,
@@ -63,6 +65,7 @@ __all__ = [
     "Displacement",
     "Hankel",
     "Kronecker",
+    "LearnedButterfly",
     "LowRank",
     "Monarch",
     "Pixelfly",

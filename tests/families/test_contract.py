@@ -7,6 +7,7 @@ product of explicit matrices: it shares no code with ``forward`` or ``to_dense``
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ from structc.forms import (
     Load,
     PackedDense,
     Permute,
+    Repeat,
     Select,
     Shared,
     Sparse,
@@ -51,6 +53,7 @@ from structc.records import Refusal
 
 SHAPES = {  # in_features, out_features
     "square": (24, 24),
+    "power": (8, 8),
     "tall": (24, 40),
     "wide": (40, 24),
     "odd": (15, 21),
@@ -101,6 +104,12 @@ MORE: dict[str, list[Hyper]] = {
         {"in_outer": 5, "out_outer": 3, "terms": 3},
         {"in_outer": 1, "out_outer": 1, "terms": 1},
     ],
+    "learned_butterfly": [
+        {"layout": "bp", "depth": 1, "tied": 0},
+        {"layout": "bp", "depth": 2, "tied": 1},
+        {"layout": "kaleidoscope", "depth": 1, "tied": 0},
+        {"layout": "kaleidoscope", "depth": 1, "tied": 1},
+    ],
     "circulant": [{}],
     "toeplitz": [{}],
     "hankel": [{}],
@@ -135,6 +144,7 @@ ROUNDING = {
 DTYPES = {str(d).removeprefix("torch."): d for d in ROUNDING}
 
 
+@functools.cache
 def hypers(family: type[AbstractFamily], n: int, m: int) -> list[Hyper]:
     """The proposals at both ends, and what ``MORE`` has, as far as the shape takes it."""
     proposed = list(family.proposals(n, m))
@@ -150,8 +160,8 @@ def hypers(family: type[AbstractFamily], n: int, m: int) -> list[Hyper]:
 
 
 def home(family: type[AbstractFamily]) -> tuple[int, int]:
-    """A shape that the family has: 24 x 40, or square ones alone."""
-    return (24, 40) if hypers(family, 24, 40) else (24, 24)
+    """A shape that the family has: 24 x 40, or square ones alone, or powers of two."""
+    return next(shape for shape in ((24, 40), (24, 24), (16, 16)) if hypers(family, *shape))
 
 
 def label(family: type[AbstractFamily], n: int, m: int, hyper: Hyper) -> str:
@@ -258,6 +268,9 @@ def matrix_of(step: Any, factors: list[Tensor]) -> Tensor:
     elif isinstance(step, Shared):
         left, right = torch.eye(step.a).double(), torch.eye(step.d).double()
         out = torch.kron(left, torch.kron(wide[0].reshape(step.b, step.c), right))
+    elif isinstance(step, Repeat):
+        again = Block(step.a, step.b, step.c, step.d)
+        return matrix_of(again, [wide[0].expand(step.a, -1, -1, -1)])
     elif isinstance(step, Permute):
         order = [i * step.q + j for j in range(step.q) for i in range(step.p)]
         out[range(len(order)), order] = 1.0
@@ -515,7 +528,7 @@ def test_factors_share_the_scale(family, n, m, hyper) -> None:
 
 @pytest.mark.parametrize("family", [f for f in FITTED if f.name != "sum"], ids=str)
 def test_more_parameters_are_never_worse(family) -> None:
-    n, m = (24, 36) if hypers(family, 24, 36) else (24, 24)
+    n, m = (24, 36) if hypers(family, 24, 36) else home(family)
     weight = weight_of(n, m)
     curves: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     for hyper in [*family.proposals(n, m), *MORE.get(family.name, [])]:
