@@ -270,7 +270,7 @@ SLOTS = 16
 SPECTRAL = (Convolve, Displace, Flip, Transform)
 """Steps that no emitted kernel serves: libraries of transforms do."""
 Step = (
-    Block | Shared | Repeat | Permute | Bias | Act | Add | Norm | Mul | Keep | Load | Select | Sparse
-    | Flip | Convolve | Displace | Transform
+    Block | Shared | Repeat | Permute | Bias | Act | Add | Norm | Mul | Keep | Load | Select
+    | Sparse | Flip | Convolve | Displace | Transform
 )  # fmt: skip
 STEPS: dict[str, type[Step]] = {s.word: s for s in Step.__args__}

@@ -34,8 +34,8 @@ class LearnedButterfly(AbstractStructured):
     Math:    bp: M = B_w P_w ... B_1 P_1, B = F_N ... F_4 F_2, where F_2t has a 2 x 2 block for each
              pair of features t apart; kaleidoscope: M = (B'_w B_w) ... (B'_1 B_1), B' with its
              levels in the other order.
-    Shapes:  x (..., n), n a power of two;  levels (n / 2t, 2, 2, t), tied (2, 2, t);  order0, order1,
-             ... (n,) of int64, for bp;  y (..., n).
+    Shapes:  x (..., n), n a power of two;  levels (n / 2t, 2, 2, t), tied (2, 2, t);  for bp
+             order0, order1, ... (n,) of int64;  y (..., n).
     Cost:    flops = 4*rows*n*log2(n) a B;  params = 2*n*log2(n) a B, tied 4*(n - 1).
     Errors:  none; other sizes than powers of two, and above 512, are Refusals of fit.
     Source:  Dao et al. 2019, arXiv:1903.05895 (relaxed permutations: three generators a level, so 8

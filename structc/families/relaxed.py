@@ -27,10 +27,10 @@ def strides(n: int) -> list[int]:
 class RelaxedButterfly(nn.Module):
     """(B P)^w or (B B*)^w with relaxed permutations, several starts side by side.
 
-    Math:    at chunks of s = n, n / 2, ..., 4 features a permutation is, with p = sigmoid(3 logits),
-             x <- (1 - p0) x + p0 evens-then-odds(x), then the first half h <- (1 - p1) h + p1
-             reversed(h), the second half with p2: 8 choices a level once p is rounded; all p0 = 1 is
-             bit reversal.
+    Math:    at chunks of s = n, n / 2, ..., 4 features a permutation is, with p = sigmoid(3
+             logits), x <- (1 - p0) x + p0 evens-then-odds(x), then the first half h <- (1 - p1) h
+             + p1 reversed(h), the second half with p2: 8 choices a level once p is rounded; all
+             p0 = 1 is bit reversal.
     Shapes:  x (..., n);  y (..., n) of the first start; levels (starts, n / 2t, 2, 2, t), tied
              (starts, 1, 2, 2, t); logits (starts, w, log2(n) - 1, 3).
     Source:  Dao et al. 2019, arXiv:1903.05895.

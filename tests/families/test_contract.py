@@ -24,7 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structc import reference
 from structc.errors import ConfigError
-from structc.families import BY_NAME, FAMILIES, AbstractFamily, AbstractStructured, Dense
+from structc.families import (
+    BY_NAME,
+    FAMILIES,
+    AbstractFamily,
+    AbstractStructured,
+    Dense,
+    learned_butterfly,
+)
 from structc.forms import (
     ACTIVATIONS,
     COMPLEX,
@@ -142,6 +149,10 @@ ROUNDING = {
     torch.float16: 3e-3,
 }
 DTYPES = {str(d).removeprefix("torch."): d for d in ROUNDING}
+
+
+learned_butterfly.RESTARTS, learned_butterfly.BATCHES = 2, 1  # the laws hold at any effort
+learned_butterfly.STEPS, learned_butterfly.POLISH = 15, 20
 
 
 @functools.cache
