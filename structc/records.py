@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Hyper = Mapping[str, Any]
-"""What a family needs besides the weight: ``{"rank": 96}``; empty for dense."""
+"""What a family needs besides the weight, numbers and words: ``{"rank": 96}``; empty for dense."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,20 @@ from structc.families.blast import Blast
 from structc.families.block_diagonal import BlockDiagonal
 from structc.families.block_sparse import BlockSparse
 from structc.families.butterfly import Butterfly
+from structc.families.circulant import Circulant
 from structc.families.dense import Dense
+from structc.families.diagonal import Diagonal
+from structc.families.displacement import Displacement
+from structc.families.hankel import Hankel
 from structc.families.kronecker import Kronecker
 from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
 from structc.families.pixelfly import Pixelfly
+from structc.families.product import Product
+from structc.families.selection import Selection
+from structc.families.sum import Sum
+from structc.families.toeplitz import Toeplitz
+from structc.families.transform import Transform
 
 FAMILIES: tuple[type[AbstractFamily], ...] = (
     Dense,
@@ -27,6 +36,15 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     Kronecker,
     Pixelfly,
     Butterfly,
+    Circulant,
+    Toeplitz,
+    Hankel,
+    Displacement,
+    Diagonal,
+    Selection,
+    Transform,
+    Product,
+    Sum,
 )
 BY_NAME: dict[str, type[AbstractFamily]] = {family.name: family for family in FAMILIES}
 
@@ -39,9 +57,18 @@ __all__ = [
     "BlockDiagonal",
     "BlockSparse",
     "Butterfly",
+    "Circulant",
     "Dense",
+    "Diagonal",
+    "Displacement",
+    "Hankel",
     "Kronecker",
     "LowRank",
     "Monarch",
     "Pixelfly",
+    "Product",
+    "Selection",
+    "Sum",
+    "Toeplitz",
+    "Transform",
 ]

@@ -41,6 +41,8 @@ class AbstractFamily(nn.Module, abc.ABC):
     name: ClassVar[str]
     finds_members: ClassVar[bool] = True
     """Whether ``fit`` finds a weight of the class again to rounding, or only a local optimum."""
+    scales: ClassVar[bool] = True
+    """Whether a multiple of a member is a member; a permutation times two is none."""
     bias: nn.Parameter | None
     fit_error: float = math.nan
 

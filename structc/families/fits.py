@@ -159,6 +159,7 @@ def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> Abstra
     made.fit_error = weighted_error(weight, made.to_dense(), gram)
     for parameter, value in stored:
         parameter.data = value
+    made.to(weight.dtype)  # what is no parameter
     return made
 
 
