@@ -29,7 +29,8 @@ class Kronecker(AbstractStructured):
     """M = sum_t A_t (x) B_t.
 
     Math:    Y = sum_t A_t X B_t^T, with x as X (n1, n2) and y as Y (m1, m2).
-    Shapes:  x (..., n1*n2);  a (R, m1, n1);  b (R, m2, n2);  y (..., m1*m2).
+    Shapes:  x (..., n1*n2);  a (R, m1, n1), held as (m1, n1, R);  b (R, m2, n2);
+             y (..., m1*m2).
     Cost:    flops = 2*rows*R*m2*n1*(n2 + m1);  params = R*(m1*n1 + m2*n2).
     Errors:  none; sizes that n1 and m1 do not divide, terms outside 1..min(m1*n1, m2*n2) and
              weights that are not finite are Refusals of fit.
@@ -46,7 +47,8 @@ class Kronecker(AbstractStructured):
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         super().__init__(a.shape[2] * b.shape[2], a.shape[1] * b.shape[1])
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.b = nn.Parameter(b)
+        self.a = nn.Parameter(a.permute(1, 2, 0).contiguous())  # as its step takes it
 
     @classmethod
     def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
@@ -122,15 +124,14 @@ class Kronecker(AbstractStructured):
         return gaussian_tail(outer, in_features * out_features // outer, hyper["terms"])
 
     def hyper(self) -> Hyper:
-        terms, m1, n1 = self.a.shape
+        m1, n1, terms = self.a.shape
         return {"in_outer": n1, "out_outer": m1, "terms": terms}
 
     def factors(self) -> list[Tensor]:
-        m1, n2 = self.a.shape[1], self.b.shape[2]
-        return [self.b.reshape(-1, n2), self.a.permute(1, 2, 0).reshape(m1, -1)]
+        return [self.b, self.a]
 
     def to_dense(self) -> Tensor:
-        return _dense(self.a, self.b)
+        return _dense(self.a.permute(2, 0, 1), self.b)
 
 
 def _dense(a: Tensor, b: Tensor) -> Tensor:

@@ -423,6 +423,15 @@ def test_form_is_known_before_fitting(family, n, m, hyper, bias, activation) -> 
 
 
 @pytest.mark.parametrize("family, n, m, hyper", CASES)
+def test_factors_are_what_the_module_holds(family, n, m, hyper) -> None:
+    """Rewritten graphs read them by name."""
+    module = random_member(family, n, m, hyper, bias=True)
+    state = module.state_dict(keep_vars=True)
+    named = [state[name] for name in module.factor_names()]
+    assert all(a is b for a, b in zip(named, module.factors(), strict=True))
+
+
+@pytest.mark.parametrize("family, n, m, hyper", CASES)
 def test_cost_is_what_the_reference_does(family, n, m, hyper) -> None:
     module, rows = random_member(family, n, m, hyper, torch.float32), 6
     x, factors, form = torch.randn(rows, n), module.factors(), module.form()
