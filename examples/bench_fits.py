@@ -1,6 +1,7 @@
-"""Measure what fits gain and cost: the STS-B figures of low rank, and a Monarch projection.
+"""Measure what fits gain and cost: STS-B with low rank, a Monarch projection, all families.
 
     python examples/bench_fits.py --data FOLDER     with stsb-en-train.csv
+    python examples/bench_fits.py --data FOLDER --table     each family on each layer, too
     python examples/bench_fits.py                   the projection alone
 
 Every layer of all-MiniLM-L6-v2 but the pooler becomes low rank with the same share of parameters;
@@ -19,21 +20,101 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also runs from a checkout
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from examples.bench_minilm import read_pairs, spearman
 from examples.minilm import batches, load
-from structc.families import Monarch
+from structc.families import BY_NAME, Butterfly, Monarch
 from structc.inputs import to_call
 from structc.passes.calibrate import calibrate
 from structc.passes.capture import capture
 from structc.passes.curvature import output_grams
 from structc.passes.detect import detect
-from structc.passes.fit import materialise
+from structc.passes.fit import materialise, one_thread_each
 from structc.passes.objective import Objectives
 from structc.passes.rewrite import rewrite
 from structc.records import Profile
 from structc.workdir import WorkDir
+
+Layer = tuple[str, Tensor, Tensor | None]
+"""Name, weight and Gram matrix of a layer's inputs."""
+
+
+def layers(model: nn.Module, tokenizer: Any, data: Path) -> list[Layer]:
+    """The linear layers of the model but the pooler, with what a sixth of the texts put in."""
+    texts = sorted((t for p in read_pairs(data / "stsb-en-train.csv")[::6] for t in p[:2]), key=len)
+    calls = [to_call(b) for b in batches(tokenizer, texts, 64)]
+    captured = capture(model, calls[0])
+    sites = detect(captured)
+    profile = calibrate(captured, sites, calls, work=WorkDir(None, {}), memory_mb=1000)
+    objectives, found = Objectives(captured, profile), []
+    for site in sites.linear:
+        if site.name != "pooler.dense":
+            objective = objectives.of(site)
+            found.append((site.name, objective.weight, objective.gram))
+    return found
+
+
+def half(n: int, m: int) -> dict[str, dict[str, Any]]:
+    """Hyper-parameters that leave each family half of the parameters of an m x n weight."""
+    full, side = n * m // 2, {384: 16, 1536: 32}
+    n1, m1 = side[n], side[m]
+    pixels = full - 3 * n * m // 16
+    middle = max(r for r in range(1, 200) if butterfly_params(n, m, r) <= full)
+    return {
+        "low_rank": {"rank": full // (n + m)},
+        "monarch": {"in_blocks": 4, "out_blocks": 4, "rank": full // (4 * (n + m))},
+        "blast": {"blocks": 8, "rank": full // (n + m + 64)},
+        "pixelfly": {"blocks": 16, "levels": 2, "rank": pixels // (n + m)},
+        "kronecker": {
+            "in_outer": n1,
+            "out_outer": m1,
+            "terms": full // (n1 * m1 + n * m // (n1 * m1)),
+        },
+        "block_sparse": {"height": 32, "width": 32, "count": full // 1024},
+        "block_diagonal": {"blocks": 2, "order": "clustered"},
+        "butterfly": {"levels": 3, "rank": middle},
+    }
+
+
+def butterfly_params(n: int, m: int, rank: int) -> int:
+    """Parameters of a butterfly of three levels; infinitely many for a rank it cannot have."""
+    hyper = {"levels": 3, "rank": rank}
+    try:
+        return Butterfly.form_of(n, m, hyper, bias=False, activation="").params
+    except ValueError:
+        return sys.maxsize
+
+
+def table(found: Sequence[Layer]) -> Iterator[str]:
+    """Lines: the error of each family at half of the parameters, its null, and fit times."""
+    names = list(half(384, 384))
+    yield f"{'layer':34}" + "".join(f"{name:>15}" for name in names) + "  best"
+    times, wins = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+
+    def one(layer: Layer) -> tuple[list[float], list[float], list[float]]:
+        errors, nulls, seconds = [], [], []
+        m, n = layer[1].shape
+        for name, hyper in half(n, m).items():
+            start = time.perf_counter()
+            module = BY_NAME[name].fit(layer[1], layer[2], **hyper)  # type: ignore[attr-defined]
+            seconds.append(time.perf_counter() - start)
+            errors.append(module.fit_error)
+            nulls.append(module.null_error())
+        return errors, nulls, seconds
+
+    start = time.perf_counter()
+    with one_thread_each() as pool:
+        for layer, (errors, nulls, seconds) in zip(found, pool.map(one, found), strict=True):
+            best = names[errors.index(min(errors))]
+            wins[best] += 1
+            for name, second in zip(names, seconds, strict=True):
+                times[name] += second
+            cells = "".join(f"{e:>8.3f}/{null:.3f} " for e, null in zip(errors, nulls, strict=True))
+            yield f"{layer[0].removeprefix('encoder.layer.'):34}{cells} {best}"
+    yield f"{'seconds, all layers':34}" + "".join(f"{times[name]:>14.1f} " for name in names)
+    yield f"{'best on so many layers':34}" + "".join(f"{wins[name]:>14} " for name in names)
+    yield f"{len(found)} layers in {time.perf_counter() - start:.0f} s"
 
 
 def drops(
@@ -79,11 +160,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=".models")
     parser.add_argument("--data", type=Path, help="folder with stsb-en-train.csv")
+    parser.add_argument("--table", action="store_true", help="every family on every layer")
     options = parser.parse_args(argv)
     print(f"Monarch projection of 4096 x 4096, 4 x 4 grid, rank 256: {projection():.1f} s")
     if options.data is None:
         return
     model, tokenizer = load(options.models)
+    if options.table:
+        print("error / null at half of the parameters:")
+        for line in table(layers(model, tokenizer, options.data)):
+            print(line, flush=True)
     for share, blind, aware in drops(model, tokenizer, options.data, (0.75, 0.5)):
         print(
             f"low rank, {share:.0%} of the parameters: STS-B drops by {blind:.1%} with the Gram of "

@@ -163,8 +163,7 @@ def replace_linear(
     act_node = following_activation(node) if site.activation else None
     act = site.activation if act_node is not None else ""
     with graph.inserting_before(node):
-        held = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
-        weights = [graph.get_attr(f"{place}.{held[id(f)]}") for f in module.factors()]
+        weights = [graph.get_attr(f"{place}.{n}") for n in module.factor_names()]
         bias = graph.get_attr(f"{place}.bias") if takes_bias else None
         if isinstance(module, Dense):
             new = graph.call_function(

@@ -161,8 +161,7 @@ def replace_convolution(
         return graph.call_function(op, args)
 
     with graph.inserting_before(node):
-        held = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
-        weights = [graph.get_attr(f"{place}.{held[id(f)]}") for f in module.factors()]
+        weights = [graph.get_attr(f"{place}.{n}") for n in module.factor_names()]
         if module.bias is not None:
             weights.append(graph.get_attr(f"{place}.bias"))
         cut = windows(add, node.args[0], window)

@@ -202,7 +202,7 @@ def proposals(
                 yield family.name, hyper
 
 
-def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapping[str, int]]]:
+def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """A choice from ``config``: a family's name, or a dict with ``family`` and hyper-parameters."""
     asked = {"family": choice} if isinstance(choice, str) else dict(choice)
     name = asked.pop("family", None)
@@ -223,13 +223,16 @@ def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapp
                 layer=site.name,
             )
         for key, value in asked.items():
+            if isinstance(value, str) and key in BY_NAME[name].hyper_words():
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(
                     f"config: {site.name} asks for {name} with {key} {value!r}",
-                    hint="Hyper-parameters are whole numbers, {'family': 'low_rank', 'rank': 64}.",
+                    hint="Hyper-parameters are whole numbers or words, "
+                    "{'family': 'low_rank', 'rank': 64}.",
                     layer=site.name,
                 )
-        yield str(name), {str(key): int(value) for key, value in asked.items()}
+        yield str(name), {str(key): value for key, value in asked.items()}
         return
     for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
         yield name, hyper

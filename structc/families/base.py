@@ -92,13 +92,24 @@ class AbstractFamily(nn.Module, abc.ABC):
         parameters = inspect.signature(cls.fit).parameters.values()  # type: ignore[attr-defined]
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
+    @classmethod
+    def hyper_words(cls) -> tuple[str, ...]:
+        """Which of them are words; the others are whole numbers."""
+        parameters = inspect.signature(cls.fit).parameters  # type: ignore[attr-defined]
+        return tuple(n for n in cls.hyper_names() if parameters[n].annotation == "str")
+
     @abc.abstractmethod
     def hyper(self) -> Hyper:
         """The hyper-parameters of this module."""
 
     @abc.abstractmethod
     def factors(self) -> list[Tensor]:
-        """The factors in the order in which the form takes them."""
+        """The parameters and buffers that the form takes, in its order."""
+
+    def factor_names(self) -> list[str]:
+        """Names of the tensors that :meth:`factors` gives, in its order: graphs hold names."""
+        named = {id(t): n for n, t in (*self.named_parameters(), *self.named_buffers())}
+        return [named[id(factor)] for factor in self.factors()]
 
     @abc.abstractmethod
     def to_dense(self) -> Tensor:

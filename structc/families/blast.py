@@ -20,6 +20,8 @@ BLOCKS = (8, 4, 2)
 """Counts of blocks that are proposed, the first that divides both sides: more fit better."""
 FRACTIONS = (0.5, 0.35)
 SWEEPS = 30
+LEAST, WORK = 4, 2 * 10**12
+"""Sweeps and products of a fit: only matrices above 2048 x 2048 get fewer sweeps than the rest."""
 PROGRESS = 3e-3
 """A fit stops when a sweep lowers the squared error by less than this share."""
 SAMPLED = 192
@@ -262,7 +264,10 @@ def _descend(sweeps: _Plain | _Weighted, start: Factors) -> Factors:
     not below the last one's, the sweep starts from where the steps ended.
     """
     x, before, error, run = start, start, math.inf, 0
-    for _ in range(SWEEPS):
+    k, r, i = start[0].shape
+    m, n = start[2].shape[0] * start[2].shape[1], k * i
+    once = 2 * (3 * m * n * r + 4 * n * k * r * r + 3 * n * n * r)
+    for _ in range(min(SWEEPS, max(LEAST, WORK // once))):
         pace = run / (run + 3)
         ahead = tuple(f + pace * (f - g) for f, g in zip(x, before, strict=True))
         now = sweeps.at((ahead[0], ahead[1], ahead[2])) if run else math.inf

@@ -17,8 +17,8 @@ from structc.records import Hyper, Refusal
 
 LEVELS = 3
 FRACTIONS = (0.5, 0.35)
-SWEEPS = 3
-TURNS = 6
+SWEEPS = 2
+TURNS = 4
 """Conjugate-gradient steps for one factor; each lowers the error."""
 PROGRESS = 3e-3
 SAMPLED = 1 << 15

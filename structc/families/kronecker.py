@@ -29,7 +29,8 @@ class Kronecker(AbstractStructured):
     """M = sum_t A_t (x) B_t.
 
     Math:    Y = sum_t A_t X B_t^T, with x as X (n1, n2) and y as Y (m1, m2).
-    Shapes:  x (..., n1*n2);  a (m1, n1, R);  b (R, m2, n2);  y (..., m1*m2).
+    Shapes:  x (..., n1*n2);  a (R, m1, n1), held as (m1, n1, R);  b (R, m2, n2);
+             y (..., m1*m2).
     Cost:    flops = 2*rows*R*m2*n1*(n2 + m1);  params = R*(m1*n1 + m2*n2).
     Errors:  none; sizes that n1 and m1 do not divide, terms outside 1..min(m1*n1, m2*n2) and
              weights that are not finite are Refusals of fit.
@@ -45,8 +46,9 @@ class Kronecker(AbstractStructured):
     name: ClassVar[str] = "kronecker"
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        super().__init__(a.shape[1] * b.shape[2], a.shape[0] * b.shape[1])
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        super().__init__(a.shape[2] * b.shape[2], a.shape[1] * b.shape[1])
+        self.b = nn.Parameter(b)
+        self.a = nn.Parameter(a.permute(1, 2, 0).contiguous())  # as its step takes it
 
     @classmethod
     def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
@@ -75,7 +77,7 @@ class Kronecker(AbstractStructured):
     def empty(cls, in_features: int, out_features: int, hyper: Hyper, dtype: torch.dtype) -> Self:
         n1, m1, terms = hyper["in_outer"], hyper["out_outer"], hyper["terms"]
         return cls(
-            torch.empty(m1, n1, terms, dtype=dtype),
+            torch.empty(terms, m1, n1, dtype=dtype),
             torch.empty(terms, out_features // m1, in_features // n1, dtype=dtype),
         )
 
@@ -114,7 +116,7 @@ class Kronecker(AbstractStructured):
             a, b = _descend(weight, gram, a, b)
             left, right = balanced(a.reshape(terms, -1).mT, b.reshape(terms, -1))
             a, b = left.mT.reshape(a.shape), right.reshape(b.shape)
-        return cls(a.permute(1, 2, 0).contiguous(), b)
+        return cls(a, b)
 
     @classmethod
     def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:

@@ -15,12 +15,14 @@ from structc.families.base import (
     with_epilogue,
 )
 from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
+from structc.families.low_rank import DIRECT, LowRank
 from structc.forms import Block, Permute, Tile
 from structc.records import Hyper, Refusal
 
 GRIDS = ((2, 2), (4, 4))
 FRACTIONS = (0.75, 0.5)
 SWEEPS = 8
+TURNS = 2
 PROGRESS = 1e-3
 """Coordinate descent stops when a sweep lowers the squared error by less than this share."""
 
@@ -154,10 +156,26 @@ def _project(wb: Tensor, rank: int) -> Factors:
     k, j, l, i = wb.shape
     p, q = wb.new_empty(k, j, l, rank), wb.new_empty(k, j, rank, i)
     for a in range(k):  # a column of blocks at a time bounds the memory of the SVDs
+        if min(l, i) > DIRECT:
+            for b in range(j):
+                found = LowRank.fit(wb[a, b], rank=rank)
+                assert isinstance(found, LowRank)
+                p[a, b], q[a, b] = found.u.data, found.v.data
+            continue
         u, s, vh = torch.linalg.svd(wb[a], full_matrices=False)
         root = s[:, :rank].sqrt()
         p[a], q[a] = u[..., :rank] * root[:, None, :], root[..., None] * vh[:, :rank]
     return p, q
+
+
+def _follow(target: Tensor, metric: Tensor, p: Tensor) -> Factors:
+    """Orthogonal iterations towards :func:`_truncate` from the last P, which moves little.
+
+    For positive semidefinite matrices each one lowers the error.
+    """
+    for _ in range(TURNS):
+        p = torch.linalg.qr(target @ (metric @ (target.mT @ p)))[0]
+    return p, p.mT @ target
 
 
 def _truncate(target: Tensor, metric: Tensor, root: Tensor, rank: int) -> Factors:
@@ -199,7 +217,10 @@ def _descend(wb: Tensor, gram: Tensor, rank: int, start: Factors) -> Factors:
         for a in range(k):
             pull = torch.einsum("bjli,bih->jlh", gaps, cb[:, a]) - gaps[a] @ metrics[a]
             target = wb[a] + pull @ inverses[a]
-            p[a], q[a] = _truncate(target, metrics[a], roots[a], rank)
+            if min(target.shape[-2:]) > DIRECT:
+                p[a], q[a] = _follow(target, metrics[a], torch.linalg.qr(p[a])[0])
+            else:
+                p[a], q[a] = _truncate(target, metrics[a], roots[a], rank)
             gaps[a] = wb[a] - p[a] @ q[a]
         now = _squared(wb, (p, q), gram)
         if now > error * (1 - PROGRESS):

@@ -62,3 +62,13 @@ def test_fewer_samples_than_features_cost_nothing_on_the_samples() -> None:
     x = torch.randn(5, 30, dtype=torch.float64)
     module = LowRank.fit(weight, x.mT @ x / 5, rank=5)
     assert relative_error(x @ module.to_dense().T, x @ weight.T) < 1e-6
+
+
+@pytest.mark.parametrize("n, m", [(20, 32), (32, 20)], ids=["tall", "wide"])
+def test_the_way_of_large_weights_ends_at_the_same_optimum(
+    n: int, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, _ = problem(n, m, 1.0)
+    direct = LowRank.fit(weight, rank=7).to_dense()
+    monkeypatch.setattr("structc.families.low_rank.DIRECT", 0)
+    assert relative_error(LowRank.fit(weight, rank=7).to_dense(), direct) < 1e-10
