@@ -17,8 +17,8 @@ from structc.recognize.rank import part_is_deficient, part_side
 Array = NDArray[Any]
 RANKS = 16
 PROBE = RANKS + 8
-COARSE = 8
-"""On grids of up to 8 x 8 blocks any rank that saves parameters is looked for, in two orders."""
+COARSE = (2, 3, 4, 8)
+"""On grids of these many blocks any rank that saves parameters is looked for, in two orders."""
 TRIED = 4
 
 
@@ -78,14 +78,14 @@ def _grids(matrix: Matrix) -> Iterator[Grid]:
             most = (l * i - 1) // (l + i)
             if k * j == 1 or most < 1:
                 continue
+            coarse = k in COARSE and j in COARSE and most > RANKS
             parts = [(a, b) for a in rows for b in columns]
             r = np.stack([rows[a][:PROBE] for a, _ in parts])[:, :, None]
             c = np.stack([columns[b][:PROBE] for _, b in parts])[:, None, :]
             ranks = seen_ranks(matrix.values[r, c], min(most, RANKS), matrix.slack)
             for (a, b), seen in zip(parts, ranks, strict=True):
                 rank = int(seen)
-                coarse = max(k, j) <= COARSE and most > RANKS and "even-odd" not in (a, b)
-                if not rank and coarse:
+                if not rank and coarse and "even-odd" not in (a, b):
                     rank = _rank_of_block(matrix, rows[a], columns[b], most)
                 if rank:
                     yield Grid(rank * k * j * (l + i), rank, k, j, a, b)
