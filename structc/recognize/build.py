@@ -175,7 +175,7 @@ def _inputs(kind: str, size: int) -> int:
 
 def _of_scales(scale: Array, what: str) -> str:
     if np.all(scale == scale[0]):
-        return f"scale {scale[0]:.6g}"
+        return "one scale"
     if np.all(np.abs(np.abs(scale) - 1) < 1e-6):
         return f"{'phases' if np.iscomplexobj(scale) else 'signs'} of {what}"
     return f"scaled {what}"

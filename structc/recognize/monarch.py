@@ -41,6 +41,12 @@ def monarch(matrix: Matrix) -> Iterator[Proposal]:
     Cost:    a singular value decomposition of at most 24 x 24 entries a grid and order, an LU
              factorisation of one block on coarse grids; O(m n r) for a hit.
     Source:  Dao et al. 2022, arXiv:2204.00595; Makhoul 1980 for the order of cosine transforms.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> m = Monarch(torch.randn(4, 6, 1, 9), torch.randn(6, 5, 1, 4))
+    >>> recognize(m.to_dense()).family.hyper()
+    {'in_blocks': 4, 'out_blocks': 6, 'rank': 1}
     """
     found = sorted(_grids(matrix))
     for grid in found[:TRIED]:

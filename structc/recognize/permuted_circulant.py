@@ -30,6 +30,13 @@ def permuted_circulants(matrix: Matrix) -> Iterator[Proposal]:
              A orders the rows. Signs and phases follow along the cycle.
     Cost:    O(n^2) a value; O(n log n) where two rows do not hold the same moduli.
     Refuses: filters without two such values, symmetric ones without one beside a pair.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> at = torch.arange(20)
+    >>> w = torch.randn(20)[(at[:, None] - at) % 20]
+    >>> recognize(w[torch.randperm(20)][:, torch.randperm(20)]).name
+    'permuted circulant'
     """
     m, n = matrix.shape
     if m != n or n < 3:
