@@ -24,9 +24,8 @@ def displacement(matrix: Matrix) -> Iterator[Proposal]:
 
     >>> import torch
     >>> from structc.recognize import recognize
-    >>> taps = 0.5 ** torch.arange(32, dtype=torch.float64)
-    >>> at = torch.arange(32)
-    >>> toeplitz = taps[(at[:, None] - at).abs()] + (at[:, None] - at).sign() / 9
+    >>> at, taps = torch.arange(32), torch.randn(63, dtype=torch.float64)
+    >>> toeplitz = taps[at[:, None] - at + 31] + 20 * torch.eye(32)
     >>> recognize(torch.linalg.inv(toeplitz)).words
     'a Toeplitz-like matrix of displacement rank 2'
     """
