@@ -109,9 +109,8 @@ def _rows_of(parts: Balanced, claim: Columns, slack: float) -> Scrambled | None:
     order = np.argsort(claim.places)
     probes = np.unique(np.linspace(0, m - 1, PROBES).astype(int))
     narrow = slack > NARROW
-    if not _one_hot(
-        claim.kind, _sorted(parts.q[probes], claim, order), BLURRED if narrow else SHARP
-    ):
+    some = _sorted(parts.q[probes], claim, order)
+    if not _one_hot(claim.kind, some, BLURRED if narrow else SHARP):
         return None
     rows, r = _named(claim.kind, _sorted(parts.q, claim, order))
     for _ in range(REFINEMENTS if narrow and m == n else 0):
