@@ -70,6 +70,8 @@ def _rows_of(matrix: Matrix, kind: str, window: Array | None) -> Scrambled | Non
     rows = np.abs(coefficients).argmax(axis=1)
     r = coefficients[np.arange(m), rows]
     empty = ~values.any(axis=1)
+    if 2 * len(np.unique(rows[~empty])) < m - empty.sum():
+        return None  # few rows again and again: that is low rank
     rows[empty] = _unused(rows[~empty], coefficients.shape[1], int(empty.sum()))
     r[empty] = 0
     if window is None:

@@ -157,6 +157,13 @@ def test_the_least_rank_is_found() -> None:
     assert found.family.hyper()["rank"] == 5
 
 
+def test_rows_that_repeat_are_low_rank_and_no_transform() -> None:
+    found = recognize(tensor(normal(8, 1) @ np.abs(normal(1, 16))))
+    assert found is not None and found.name == "low_rank"
+    found = recognize(tensor(fixed("hartley", 16)[[1, 1, 1, 1, 1, 1, 1, 1]]))
+    assert found is not None and found.name == "low_rank"
+
+
 def test_the_cheapest_grid_is_found() -> None:
     found = recognize(tensor(monarch(4, 8, 6, 10, 1)))
     assert found is not None and isinstance(found.family, Monarch)
