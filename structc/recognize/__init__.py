@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structc.recognize.base import Matrix, Proposal, Recogniser, Recognition, read, shifted
+from structc.recognize.base import Array, Matrix, Proposal, Recogniser, Recognition, read, shifted
 from structc.recognize.blocks import block_diagonal
 from structc.recognize.build import dense, rescaled
 from structc.recognize.dictionary import dictionary
@@ -48,6 +48,9 @@ Cheap ones first, and of those that may hold together the one with fewer paramet
 Monarch matrix and a Hadamard matrix a Kronecker product too.
 """
 
+LOCAL, WORST = 1000, 0.1
+"""The residual of a row or column against that of the whole, and its bound."""
+
 __all__ = ["RECOGNISERS", "Recognition", "recognize"]
 
 
@@ -83,11 +86,24 @@ def recognize(weight: Tensor) -> Recognition | None:
     return None
 
 
+def _holds_everywhere(gap: Array, matrix: Matrix, axis: int) -> bool:
+    """Whether no row (or column) is much worse than the whole, those of mere rounding left out.
+
+    A few entries that are larger than all others could hide that the rest is not reproduced.
+    """
+    norms = np.linalg.norm(matrix.values, axis=axis)
+    seen = norms > matrix.tolerance * norms.max()
+    allowed = min(LOCAL * matrix.tolerance, WORST)
+    return bool((np.linalg.norm(gap, axis=axis) <= allowed * norms)[seen].all())
+
+
 def _verified(matrix: Matrix, proposal: Proposal) -> Recognition | None:
     """The proposal with its measured residual, if that is within the rounding of the matrix."""
     gap = dense(proposal.family).numpy() - matrix.values
     residual = float(np.linalg.norm(gap)) / (matrix.norm or 1.0)
     if not residual <= matrix.tolerance:  # also refuses a residual that is NaN
+        return None
+    if not all(_holds_everywhere(gap, matrix, axis) for axis in (0, 1)):
         return None
     return Recognition(
         name=proposal.name,

@@ -26,6 +26,12 @@ def block_diagonal(matrix: Matrix) -> Iterator[Proposal]:
              each nonzero. Smaller blocks are padded to the largest: y = S blockdiag(B) P x, where
              padded columns read any input with weight zero.
     Cost:    O(m n).
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> w = torch.block_diag(*torch.randn(4, 3, 3))
+    >>> recognize(w[torch.randperm(12)][:, torch.randperm(12)]).name
+    'permuted block_diagonal'
     """
     m, n = matrix.shape
     if min(m, n) < 2:

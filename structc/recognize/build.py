@@ -134,16 +134,14 @@ class Scrambled:
     def proposal(self, slack: float) -> Proposal:
         """The product of selections, diagonals and the transform, trivial ones left out."""
         this = self.simplified(slack)
-        inputs = _inputs(this.kind, this.size)
-        outputs = this.size if this.kind != "rdft" else 2 * (this.size // 2 + 1)
+        transform = Transform(this.kind, this.size, WIDE)
+        inputs, outputs = transform.in_features, transform.out_features
         parts = diagonal(this.s)
         if is_permutation(this.columns, inputs):
             parts += selection(inverse(this.columns), inputs)
         else:
             parts.append(embedding(this.columns, inputs))
-        transform: AbstractFamily = Transform(this.kind, this.size, WIDE)
-        rows = selection(this.rows, outputs if this.kind != "irdft" else this.size)
-        parts += [transform, *rows, *diagonal(this.r)]
+        parts += [transform, *selection(this.rows, outputs), *diagonal(this.r)]
         return Proposal(this.name(), product(parts), this.words())
 
     @property
@@ -169,13 +167,9 @@ class Scrambled:
         return f"{text} with {', '.join(told)}" if told else text
 
 
-def _inputs(kind: str, size: int) -> int:
-    return 2 * (size // 2 + 1) if kind == "irdft" else size
-
-
 def _of_scales(scale: Array, what: str) -> str:
     if np.all(scale == scale[0]):
-        return f"scale {scale[0]:.6g}"
+        return "one scale"
     if np.all(np.abs(np.abs(scale) - 1) < 1e-6):
         return f"{'phases' if np.iscomplexobj(scale) else 'signs'} of {what}"
     return f"scaled {what}"

@@ -25,6 +25,13 @@ def dictionary(matrix: Matrix) -> Iterator[Proposal]:
              window is guessed from the norms of columns: cos^2 + sin^2 = 1 for every frequency
              that is there with both, so an STFT kernel shows its window.
     Cost:    a fast transform of four rows a kind; O(m n log n) for a hit.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> window = torch.hann_window(16, dtype=torch.float64)
+    >>> spectrum = torch.fft.rfft(torch.eye(16, dtype=torch.float64)).T
+    >>> recognize(torch.cat([spectrum.real, spectrum.imag]) * window).name
+    'rdft'
     """
     if min(matrix.shape) < 2:
         return
@@ -63,6 +70,8 @@ def _rows_of(matrix: Matrix, kind: str, window: Array | None) -> Scrambled | Non
     rows = np.abs(coefficients).argmax(axis=1)
     r = coefficients[np.arange(m), rows]
     empty = ~values.any(axis=1)
+    if 2 * len(np.unique(rows[~empty])) < m - empty.sum():
+        return None  # few rows again and again: that is low rank
     rows[empty] = _unused(rows[~empty], coefficients.shape[1], int(empty.sum()))
     r[empty] = 0
     if window is None:

@@ -21,6 +21,13 @@ def displacement(matrix: Matrix) -> Iterator[Proposal]:
     Math:    D = W - Z_1 W Z_-1^T = 2 G H^T has as many ranks as there are terms; then the sum is W,
              because Z_1^n = I and Z_-1^n = -I telescope.
     Cost:    O(n^2), and an LU factorisation of a part of D of about n / 6.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> at, taps = torch.arange(32), torch.randn(63, dtype=torch.float64)
+    >>> toeplitz = taps[at[:, None] - at + 31] + 20 * torch.eye(32)
+    >>> recognize(torch.linalg.inv(toeplitz)).words
+    'a Toeplitz-like matrix of displacement rank 2'
     """
     m, n = matrix.shape
     if m != n or n < 2 * SHARE:

@@ -36,6 +36,11 @@ def kronecker(matrix: Matrix) -> Iterator[Proposal]:
     Math:    the rearranged matrix, a row for each block of W, has as many ranks as there are terms.
     Cost:    a singular value decomposition of at most 24 x 24 entries a grid; O(m n) for a hit.
     Source:  Van Loan and Pitsianis 1993.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> recognize(torch.kron(torch.randn(3, 4), torch.randn(5, 6))).words
+    'a Kronecker product of 3 x 4 and 5 x 6'
     """
     found = sorted(grid for grid in _grids(matrix) if grid.terms)
     for grid in found[:TRIED]:

@@ -17,8 +17,8 @@ from structc.recognize.rank import part_is_deficient, part_side
 Array = NDArray[Any]
 RANKS = 16
 PROBE = RANKS + 8
-COARSE = 8
-"""On grids of up to 8 x 8 blocks any rank that saves parameters is looked for, in two orders."""
+COARSE = (2, 3, 4, 8)
+"""On grids of these many blocks any rank that saves parameters is looked for, in two orders."""
 TRIED = 4
 
 
@@ -41,6 +41,12 @@ def monarch(matrix: Matrix) -> Iterator[Proposal]:
     Cost:    a singular value decomposition of at most 24 x 24 entries a grid and order, an LU
              factorisation of one block on coarse grids; O(m n r) for a hit.
     Source:  Dao et al. 2022, arXiv:2204.00595; Makhoul 1980 for the order of cosine transforms.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> m = Monarch(torch.randn(4, 6, 1, 9), torch.randn(6, 5, 1, 4))
+    >>> recognize(m.to_dense()).family.hyper()
+    {'in_blocks': 4, 'out_blocks': 6, 'rank': 1}
     """
     found = sorted(_grids(matrix))
     for grid in found[:TRIED]:
@@ -78,14 +84,14 @@ def _grids(matrix: Matrix) -> Iterator[Grid]:
             most = (l * i - 1) // (l + i)
             if k * j == 1 or most < 1:
                 continue
+            coarse = k in COARSE and j in COARSE and most > RANKS
             parts = [(a, b) for a in rows for b in columns]
             r = np.stack([rows[a][:PROBE] for a, _ in parts])[:, :, None]
             c = np.stack([columns[b][:PROBE] for _, b in parts])[:, None, :]
             ranks = seen_ranks(matrix.values[r, c], min(most, RANKS), matrix.slack)
             for (a, b), seen in zip(parts, ranks, strict=True):
                 rank = int(seen)
-                coarse = max(k, j) <= COARSE and most > RANKS and "even-odd" not in (a, b)
-                if not rank and coarse:
+                if not rank and coarse and "even-odd" not in (a, b):
                     rank = _rank_of_block(matrix, rows[a], columns[b], most)
                 if rank:
                     yield Grid(rank * k * j * (l + i), rank, k, j, a, b)

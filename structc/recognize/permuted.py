@@ -61,6 +61,12 @@ def permuted_transforms(matrix: Matrix) -> Iterator[Proposal]:
     Math:    W[i, j] = r[i] T[p(i), q(j)] s[j] with all of r, s, p, q unknown; at least two rows,
              no more rows than columns, and s = +-1 or a phase unless W is square.
     Cost:    O(n^2 log n); O(n^2) where rows are not orthogonal, which is most of the time.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> w = torch.fft.fft(torch.eye(12, dtype=torch.float64))
+    >>> recognize(w[torch.randperm(12)][:, torch.randperm(12)]).words
+    'the dft of size 12 with permuted rows, permuted columns'
     """
     m, n = matrix.shape
     for turned in (False, True):
@@ -103,9 +109,8 @@ def _rows_of(parts: Balanced, claim: Columns, slack: float) -> Scrambled | None:
     order = np.argsort(claim.places)
     probes = np.unique(np.linspace(0, m - 1, PROBES).astype(int))
     narrow = slack > NARROW
-    if not _one_hot(
-        claim.kind, _sorted(parts.q[probes], claim, order), BLURRED if narrow else SHARP
-    ):
+    some = _sorted(parts.q[probes], claim, order)
+    if not _one_hot(claim.kind, some, BLURRED if narrow else SHARP):
         return None
     rows, r = _named(claim.kind, _sorted(parts.q, claim, order))
     for _ in range(REFINEMENTS if narrow and m == n else 0):

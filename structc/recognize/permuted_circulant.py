@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,11 @@ from structc.recognize.build import diagonal, inverse, is_permutation, product, 
 from structc.recognize.scaling import Balanced
 
 Array = NDArray[Any]
-LABELS = 6
-"""Values that are followed through the matrix: any two of them may order the columns."""
+LABELS = 24
+"""Values that are followed through the matrix until two of them order the columns.
+
+For n a power of two that is one value at an even place and one at an odd place.
+"""
 
 
 def permuted_circulants(matrix: Matrix) -> Iterator[Proposal]:
@@ -28,6 +30,13 @@ def permuted_circulants(matrix: Matrix) -> Iterator[Proposal]:
              A orders the rows. Signs and phases follow along the cycle.
     Cost:    O(n^2) a value; O(n log n) where two rows do not hold the same moduli.
     Refuses: filters without two such values, symmetric ones without one beside a pair.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> at = torch.arange(20)
+    >>> w = torch.randn(20)[(at[:, None] - at) % 20]
+    >>> recognize(w[torch.randperm(20)][:, torch.randperm(20)]).name
+    'permuted circulant'
     """
     m, n = matrix.shape
     if m != n or n < 3:
@@ -63,13 +72,17 @@ def _orders(moduli: Array, slack: float) -> Iterator[tuple[Array, Array]]:
 def _order(moduli: Array, single: Array, double: Array) -> tuple[Array, Array] | None:
     """p and q from values that a row holds once, and twice."""
     n = len(moduli)
-    places = [np.abs(moduli - value).argmin(axis=1) for value in single[:LABELS]]
-    places = [at for at in places if is_permutation(at, n)]
-    for a, b in permutations(places, 2):
-        order = _cycle(b[inverse(a)])
-        if len(order) == n:
-            q = inverse(order)
-            return q[a], q
+    places: list[Array] = []
+    for value in single[:LABELS]:
+        b = np.abs(moduli - value).argmin(axis=1)
+        if not is_permutation(b, n):
+            continue
+        for a in places:
+            order = _cycle(b[inverse(a)])
+            if len(order) == n:
+                q = inverse(order)
+                return q[a], q
+        places.append(b)
     for a in places[:2]:
         for value in double[:LABELS]:
             two = np.argpartition(np.abs(moduli[:, a] - value), 1, axis=1)[:, :2]

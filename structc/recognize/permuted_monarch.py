@@ -27,6 +27,14 @@ def permuted_monarch(matrix: Matrix) -> Iterator[Proposal]:
              m entries, j values. Equal ratios are the row groups; within two rows of one group the
              same holds for columns.
     Cost:    O(n) sorts of 128 ratios where there is no such structure, O(m n) else.
+    Refuses: dtypes of sixteen bits, whose ratios are equal by chance.
+
+    >>> from structc.families import Monarch
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> w = Monarch(torch.randn(4, 6, 1, 9), torch.randn(6, 8, 1, 4)).to_dense()
+    >>> recognize(w[torch.randperm(48)][:, torch.randperm(36)]).name
+    'permuted monarch'
     """
     m, n = matrix.shape
     if min(m, n) < 4 or matrix.unit > WIDEST:

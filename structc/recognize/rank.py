@@ -26,6 +26,11 @@ def low_rank(matrix: Matrix) -> Iterator[Proposal]:
 
     Cost:    one LU factorisation of a random part, a little more than half as high and wide; if
              that is deficient, O(m n r) for a randomised range finder.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> recognize(torch.randn(9, 2) @ torch.randn(2, 9)).words
+    'a 9 x 9 matrix of rank 2'
     """
     m, n = matrix.shape
     most = (m * n - 1) // (m + n)

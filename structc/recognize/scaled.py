@@ -16,6 +16,12 @@ def scaled(matrix: Matrix) -> Iterator[Proposal]:
     Math:    |W|^2 has one scaling to equal row and column sums. Squares of a circulant have it
              already, those of a Kronecker product get it factor by factor: M is found up to
              scalings that keep it in its class.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> w = torch.kron(torch.randn(3, 4), torch.randn(5, 6)) * torch.rand(15, 1) * torch.rand(24)
+    >>> recognize(w).name
+    'scaled kronecker'
     """
     if min(matrix.shape) < 2:
         return

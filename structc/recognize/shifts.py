@@ -17,7 +17,14 @@ Array = NDArray[Any]
 
 
 def circulant(matrix: Matrix) -> Iterator[Proposal]:
-    """W[i, j] = c[(i - j) mod n].  Cost: O(n) where two rows differ, O(n^2) else."""
+    """W[i, j] = c[(i - j) mod n].  Cost: O(n) where two rows differ, O(n^2) else.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> found = recognize(torch.tensor([[1.0, 3.0, 2.0], [2.0, 1.0, 3.0], [3.0, 2.0, 1.0]]))
+    >>> found.name, found.family.taps.tolist()
+    ('circulant', [1.0, 2.0, 3.0])
+    """
     values, (m, n) = matrix.values, matrix.shape
     if m == n > 1 and _equal(np.roll(values[0], 1), values[1], matrix):
         taps = wrapped_mean(values)
@@ -25,7 +32,13 @@ def circulant(matrix: Matrix) -> Iterator[Proposal]:
 
 
 def toeplitz(matrix: Matrix) -> Iterator[Proposal]:
-    """W[i, j] = t[i - j + n - 1].  Cost: O(n) where two rows differ, O(m n) else."""
+    """W[i, j] = t[i - j + n - 1].  Cost: O(n) where two rows differ, O(m n) else.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> recognize(torch.tensor([[1.0, 2.0, 4.0], [7.0, 1.0, 2.0]])).family.taps.tolist()
+    [4.0, 2.0, 1.0, 7.0]
+    """
     values, (m, n) = matrix.values, matrix.shape
     if min(m, n) > 1 and _equal(values[0, :-1], values[1, 1:], matrix):
         family = Toeplitz(tensor(_diagonal_means(values)), n)
@@ -33,7 +46,13 @@ def toeplitz(matrix: Matrix) -> Iterator[Proposal]:
 
 
 def hankel(matrix: Matrix) -> Iterator[Proposal]:
-    """W[i, j] = t[i + j].  Cost: as Toeplitz."""
+    """W[i, j] = t[i + j].  Cost: as Toeplitz.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> recognize(torch.tensor([[1.0, 2.0, 4.0], [2.0, 4.0, 7.0]])).family.taps.tolist()
+    [1.0, 2.0, 4.0, 7.0]
+    """
     values, (m, n) = matrix.values, matrix.shape
     if min(m, n) > 1 and _equal(values[0, 1:], values[1, :-1], matrix):
         family = Hankel(tensor(_diagonal_means(values[:, ::-1])), n)

@@ -12,7 +12,13 @@ from structc.recognize.build import diagonal, product, selection, tensor
 
 
 def zero(matrix: Matrix) -> Iterator[Proposal]:
-    """W = 0, as factors of rank one that are zero."""
+    """W = 0, as factors of rank one that are zero.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> recognize(torch.zeros(2, 3)).name
+    'zero'
+    """
     m, n = matrix.shape
     if not matrix.values.any():
         family = LowRank(tensor(np.zeros((1, n))), tensor(np.zeros((m, 1))))
@@ -24,6 +30,11 @@ def one_a_row(matrix: Matrix) -> Iterator[Proposal]:
 
     Math:    y[i] = s[i] x[index[i]]. Entries below the rounding of the largest count as zero.
     Cost:    O(n) where the first row has two nonzeros, O(m n) else.
+
+    >>> import torch
+    >>> from structc.recognize import recognize
+    >>> [recognize(w).name for w in (2 * torch.eye(3), torch.eye(3)[[2, 0, 1]])]
+    ['diagonal', 'permutation']
     """
     values, (m, n) = matrix.values, matrix.shape
     small = matrix.negligible

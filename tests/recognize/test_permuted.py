@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import checked, fixed, real_dft, rng, scaled, shuffled, signed, tensor
+from recognize.planted import checked, fixed, real_dft, rng, scaled, shuffled, signed, tensor
 
 from structc.recognize import recognize
 

@@ -9,7 +9,7 @@ import scipy.signal
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import (
+from recognize.planted import (
     Array,
     Maker,
     checked,
@@ -155,6 +155,13 @@ def test_the_least_rank_is_found() -> None:
     found = recognize(tensor(normal(60, 5) @ normal(5, 80)))
     assert found is not None and isinstance(found.family, LowRank)
     assert found.family.hyper()["rank"] == 5
+
+
+def test_rows_that_repeat_are_low_rank_and_no_transform() -> None:
+    found = recognize(tensor(normal(8, 1) @ np.abs(normal(1, 16))))
+    assert found is not None and found.name == "low_rank"
+    found = recognize(tensor(fixed("hartley", 16)[[1, 1, 1, 1, 1, 1, 1, 1]]))
+    assert found is not None and found.name == "low_rank"
 
 
 def test_the_cheapest_grid_is_found() -> None:
