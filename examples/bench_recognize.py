@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from structc.recognize import recognize
+from structc.recognition import recognize
 
 Array = NDArray[Any]
 

@@ -10,7 +10,7 @@ import torch
 from structc.families import AbstractFamily
 from structc.passes.fit import one_thread_each
 from structc.passes.objective import weight_of
-from structc.recognize import Recognition, recognize
+from structc.recognition import Recognition, recognize
 from structc.records import Captured, LinearSite, Sites
 
 log = logging.getLogger("structc.exact")

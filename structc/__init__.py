@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from structc.built import build
     from structc.compiled import CompiledModel
     from structc.pipeline import compile, compile_, inspect, reset
-    from structc.recognize import Recognition, recognize
+    from structc.recognition import Recognition, recognize
     from structc.records import Refusal
     from structc.reload import load
     from structc.report import Report
@@ -53,10 +53,10 @@ _LAZY = {
     "build": "structc.built",
     "compile": "structc.pipeline",
     "compile_": "structc.pipeline",
-    "Recognition": "structc.recognize",
+    "Recognition": "structc.recognition",
     "inspect": "structc.pipeline",
     "load": "structc.reload",
-    "recognize": "structc.recognize",
+    "recognize": "structc.recognition",
     "reset": "structc.pipeline",
 }
 _MODULES = ("families", "metrics")

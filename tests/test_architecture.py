@@ -29,7 +29,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("names", "progress", "reference", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
     ("families", "metrics"),
-    ("recognize",),
+    ("recognition",),
     ("passes", "codegen", "compiled", "report"),
     ("artifact", "options"),
     ("pricing",),
@@ -58,7 +58,7 @@ PIPELINE = (
 def sources() -> list[tuple[str, Path]]:
     """(layer, file) of everything that is shipped; links are walked by their real folders."""
     found = [(p.stem, p) for p in sorted((ROOT / "structc").glob("*.py"))]
-    for package in ("families", "recognize", "artifact", "report", "cli", "sources"):
+    for package in ("families", "recognition", "artifact", "report", "cli", "sources"):
         found += [(package, p) for p in sorted((ROOT / "structc" / package).rglob("*.py"))]
     for package in ("passes", "codegen"):
         found += [(package, p) for p in sorted((ROOT / package).rglob("*.py"))]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from structc.families.base import AbstractFamily
-from structc.recognize import Recognition
+from structc.recognition import Recognition
 
 Array = NDArray[Any]
 

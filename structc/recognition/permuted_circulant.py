@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from structc.families import Circulant
-from structc.recognize.base import EXACT, Matrix, Proposal
-from structc.recognize.build import diagonal, inverse, is_permutation, product, selection, tensor
-from structc.recognize.scaling import Balanced
+from structc.recognition.base import EXACT, Matrix, Proposal
+from structc.recognition.build import diagonal, inverse, is_permutation, product, selection, tensor
+from structc.recognition.scaling import Balanced
 
 Array = NDArray[Any]
 LABELS = 24
@@ -32,7 +32,7 @@ def permuted_circulants(matrix: Matrix) -> Iterator[Proposal]:
     Refuses: filters without two such values, symmetric ones without one beside a pair.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> at = torch.arange(20)
     >>> w = torch.randn(20)[(at[:, None] - at) % 20]
     >>> recognize(w[torch.randperm(20)][:, torch.randperm(20)]).name

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from structc.recognize import kinds
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import Scrambled
+from structc.recognition import kinds
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import Scrambled
 
 Array = NDArray[Any]
 PROBES = 4
@@ -27,7 +27,7 @@ def dictionary(matrix: Matrix) -> Iterator[Proposal]:
     Cost:    a fast transform of four rows a kind; O(m n log n) for a hit.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> window = torch.hann_window(16, dtype=torch.float64)
     >>> spectrum = torch.fft.rfft(torch.eye(16, dtype=torch.float64)).T
     >>> recognize(torch.cat([spectrum.real, spectrum.imag]) * window).name

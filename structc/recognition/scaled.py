@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import diagonal, product
-from structc.recognize.kronecker import kronecker
-from structc.recognize.shifts import circulant
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import diagonal, product
+from structc.recognition.kronecker import kronecker
+from structc.recognition.shifts import circulant
 
 
 def scaled(matrix: Matrix) -> Iterator[Proposal]:
@@ -18,7 +18,7 @@ def scaled(matrix: Matrix) -> Iterator[Proposal]:
              scalings that keep it in its class.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> w = torch.kron(torch.randn(3, 4), torch.randn(5, 6)) * torch.rand(15, 1) * torch.rand(24)
     >>> recognize(w).name
     'scaled kronecker'

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import tensor
-from structc.recognize.rank import thin
-from structc.recognize.standin import Kronecker
+from structc.families import Kronecker
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import tensor
+from structc.recognition.rank import thin
 
 Array = NDArray[Any]
 TERMS = 16
@@ -38,7 +38,7 @@ def kronecker(matrix: Matrix) -> Iterator[Proposal]:
     Source:  Van Loan and Pitsianis 1993.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> recognize(torch.kron(torch.randn(3, 4), torch.randn(5, 6))).words
     'a Kronecker product of 3 x 4 and 5 x 6'
     """

@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from structc.families import Diagonal, Product, Selection, Transform
+from structc.families import BlockSparse, Diagonal, Product, Selection, Transform
 from structc.families.base import AbstractFamily
-from structc.recognize import kinds
-from structc.recognize.base import Proposal, shifted
-from structc.recognize.standin import BlockSparse
+from structc.recognition import kinds
+from structc.recognition.base import Proposal, shifted
 
 Array = NDArray[Any]
 WIDE = torch.float64

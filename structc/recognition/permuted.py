@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from structc.recognize import kinds
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import Scrambled, is_permutation
-from structc.recognize.permuted_cosine import (
+from structc.recognition import kinds
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import Scrambled, is_permutation
+from structc.recognition.permuted_cosine import (
     NARROW,
     cosine4_columns,
     cosine_columns,
     natural_cosine,
 )
-from structc.recognize.permuted_fourier import fourier_columns
-from structc.recognize.permuted_hadamard import hadamard_columns
-from structc.recognize.permuted_hartley import hartley_columns, real_fourier_columns
-from structc.recognize.scaling import Balanced, row_balanced, rows_are_orthogonal
+from structc.recognition.permuted_fourier import fourier_columns
+from structc.recognition.permuted_hadamard import hadamard_columns
+from structc.recognition.permuted_hartley import hartley_columns, real_fourier_columns
+from structc.recognition.scaling import Balanced, row_balanced, rows_are_orthogonal
 
 Array = NDArray[Any]
 PROBES = 4
@@ -63,7 +63,7 @@ def permuted_transforms(matrix: Matrix) -> Iterator[Proposal]:
     Cost:    O(n^2 log n); O(n^2) where rows are not orthogonal, which is most of the time.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> w = torch.fft.fft(torch.eye(12, dtype=torch.float64))
     >>> recognize(w[torch.randperm(12)][:, torch.randperm(12)]).words
     'the dft of size 12 with permuted rows, permuted columns'

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.linalg.lapack import dgetrf, zgetrf
 
 from structc.families import LowRank
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import tensor
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import tensor
 
 Array = NDArray[Any]
 MARGIN = 8
@@ -28,7 +28,7 @@ def low_rank(matrix: Matrix) -> Iterator[Proposal]:
              that is deficient, O(m n r) for a randomised range finder.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> recognize(torch.randn(9, 2) @ torch.randn(2, 9)).words
     'a 9 x 9 matrix of rank 2'
     """

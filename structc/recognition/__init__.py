@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structc.recognize.base import Array, Matrix, Proposal, Recogniser, Recognition, read, shifted
-from structc.recognize.blocks import block_diagonal
-from structc.recognize.build import dense, rescaled
-from structc.recognize.dictionary import dictionary
-from structc.recognize.displacement import displacement
-from structc.recognize.kronecker import kronecker
-from structc.recognize.monarch import monarch
-from structc.recognize.permuted import permuted_transforms
-from structc.recognize.permuted_circulant import permuted_circulants
-from structc.recognize.permuted_monarch import permuted_monarch
-from structc.recognize.rank import low_rank
-from structc.recognize.scaled import scaled
-from structc.recognize.shifts import circulant, hankel, toeplitz
-from structc.recognize.trivial import one_a_row, zero
+from structc.recognition.base import Array, Matrix, Proposal, Recogniser, Recognition, read, shifted
+from structc.recognition.blocks import block_diagonal
+from structc.recognition.build import dense, rescaled
+from structc.recognition.dictionary import dictionary
+from structc.recognition.displacement import displacement
+from structc.recognition.kronecker import kronecker
+from structc.recognition.monarch import monarch
+from structc.recognition.permuted import permuted_transforms
+from structc.recognition.permuted_circulant import permuted_circulants
+from structc.recognition.permuted_monarch import permuted_monarch
+from structc.recognition.rank import low_rank
+from structc.recognition.scaled import scaled
+from structc.recognition.shifts import circulant, hankel, toeplitz
+from structc.recognition.trivial import one_a_row, zero
 
 RECOGNISERS: tuple[Recogniser, ...] = (
     zero,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from structc.errors import ConfigError
 from structc.families.base import AbstractFamily
-from structc.recognize.scaling import Balanced, balanced
+from structc.recognition.scaling import Balanced, balanced
 
 Array = NDArray[Any]
 UNITS = {

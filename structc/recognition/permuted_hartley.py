@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from structc.recognize.permuted_cosine import ROWS_TRIED, generators, sign_candidates
+from structc.recognition.permuted_cosine import ROWS_TRIED, generators, sign_candidates
 
 Array = NDArray[Any]
 GENERATORS = 8

@@ -17,7 +17,7 @@ from recognize.planted import Array, fixed, rng, tensor
 from torch import Tensor
 
 from structc.errors import ConfigError
-from structc.recognize import recognize
+from structc.recognition import recognize
 
 SIZES = (16, 24, 32, 48, 60, 64, 96, 100, 128)
 LAWS = {

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from structc.families import Monarch
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import inverse, product, selection, tensor
-from structc.recognize.kronecker import divisors, seen_ranks
-from structc.recognize.rank import part_is_deficient, part_side
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import inverse, product, selection, tensor
+from structc.recognition.kronecker import divisors, seen_ranks
+from structc.recognition.rank import part_is_deficient, part_side
 
 Array = NDArray[Any]
 RANKS = 16
@@ -43,7 +43,7 @@ def monarch(matrix: Matrix) -> Iterator[Proposal]:
     Source:  Dao et al. 2022, arXiv:2204.00595; Makhoul 1980 for the order of cosine transforms.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> m = Monarch(torch.randn(4, 6, 1, 9), torch.randn(6, 5, 1, 4))
     >>> recognize(m.to_dense()).family.hyper()
     {'in_blocks': 4, 'out_blocks': 6, 'rank': 1}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recognize.planted import checked, fixed, real_dft, rng, scaled, shuffled, signed, tensor
 
-from structc.recognize import recognize
+from structc.recognition import recognize
 
 KINDS = ("dft", "idft", "dct2", "dst2", "hartley", "hadamard", "circulant")
 AT_MOST = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3}

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from structc.families import Circulant, Hankel, Toeplitz
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import tensor
-from structc.recognize.permuted_circulant import wrapped_mean
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import tensor
+from structc.recognition.permuted_circulant import wrapped_mean
 
 Array = NDArray[Any]
 
@@ -20,7 +20,7 @@ def circulant(matrix: Matrix) -> Iterator[Proposal]:
     """W[i, j] = c[(i - j) mod n].  Cost: O(n) where two rows differ, O(n^2) else.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> found = recognize(torch.tensor([[1.0, 3.0, 2.0], [2.0, 1.0, 3.0], [3.0, 2.0, 1.0]]))
     >>> found.name, found.family.taps.tolist()
     ('circulant', [1.0, 2.0, 3.0])
@@ -35,7 +35,7 @@ def toeplitz(matrix: Matrix) -> Iterator[Proposal]:
     """W[i, j] = t[i - j + n - 1].  Cost: O(n) where two rows differ, O(m n) else.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> recognize(torch.tensor([[1.0, 2.0, 4.0], [7.0, 1.0, 2.0]])).family.taps.tolist()
     [4.0, 2.0, 1.0, 7.0]
     """
@@ -49,7 +49,7 @@ def hankel(matrix: Matrix) -> Iterator[Proposal]:
     """W[i, j] = t[i + j].  Cost: as Toeplitz.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> recognize(torch.tensor([[1.0, 2.0, 4.0], [2.0, 4.0, 7.0]])).family.taps.tolist()
     [1.0, 2.0, 4.0, 7.0]
     """

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import product, selection, tensor
-from structc.recognize.standin import BlockDiagonal
+from structc.families import BlockDiagonal
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import product, selection, tensor
 
 Array = NDArray[Any]
 DENSE = 0.5
@@ -28,7 +28,7 @@ def block_diagonal(matrix: Matrix) -> Iterator[Proposal]:
     Cost:    O(m n).
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> w = torch.block_diag(*torch.randn(4, 3, 3))
     >>> recognize(w[torch.randperm(12)][:, torch.randperm(12)]).name
     'permuted block_diagonal'

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from structc.recognize.permuted_fourier import reference_row
+from structc.recognition.permuted_fourier import reference_row
 
 Array = NDArray[Any]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import inverse, product, selection
-from structc.recognize.monarch import fitted
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import inverse, product, selection
+from structc.recognition.monarch import fitted
 
 Array = NDArray[Any]
 WIDEST = 1e-6
@@ -31,7 +31,7 @@ def permuted_monarch(matrix: Matrix) -> Iterator[Proposal]:
 
     >>> from structc.families import Monarch
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> w = Monarch(torch.randn(4, 6, 1, 9), torch.randn(6, 8, 1, 4)).to_dense()
     >>> recognize(w[torch.randperm(48)][:, torch.randperm(36)]).name
     'permuted monarch'

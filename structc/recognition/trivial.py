@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from structc.families import Diagonal, LowRank
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import diagonal, product, selection, tensor
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import diagonal, product, selection, tensor
 
 
 def zero(matrix: Matrix) -> Iterator[Proposal]:
     """W = 0, as factors of rank one that are zero.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> recognize(torch.zeros(2, 3)).name
     'zero'
     """
@@ -32,7 +32,7 @@ def one_a_row(matrix: Matrix) -> Iterator[Proposal]:
     Cost:    O(n) where the first row has two nonzeros, O(m n) else.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> [recognize(w).name for w in (2 * torch.eye(3), torch.eye(3)[[2, 0, 1]])]
     ['diagonal', 'permutation']
     """

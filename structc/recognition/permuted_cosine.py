@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from structc.recognize.build import Scrambled
+from structc.recognition.build import Scrambled
 
 Array = NDArray[Any]
 ROWS_TRIED = 200

@@ -24,8 +24,8 @@ from recognize.planted import (
 )
 
 from structc.families import LowRank, Monarch
-from structc.recognize import kinds, recognize
-from structc.recognize.kronecker import divisors
+from structc.recognition import kinds, recognize
+from structc.recognition.kronecker import divisors
 
 
 def normal(*shape: int, seed: int = 11) -> Array:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from structc.families import Displacement
-from structc.recognize.base import Matrix, Proposal
-from structc.recognize.build import product, selection, tensor
-from structc.recognize.rank import may_be_deficient, thin
+from structc.recognition.base import Matrix, Proposal
+from structc.recognition.build import product, selection, tensor
+from structc.recognition.rank import may_be_deficient, thin
 
 SHARE = 8
 """Ranks up to n / 8 are looked for: more cost as much as the matrix."""
@@ -23,7 +23,7 @@ def displacement(matrix: Matrix) -> Iterator[Proposal]:
     Cost:    O(n^2), and an LU factorisation of a part of D of about n / 6.
 
     >>> import torch
-    >>> from structc.recognize import recognize
+    >>> from structc.recognition import recognize
     >>> at, taps = torch.arange(32), torch.randn(63, dtype=torch.float64)
     >>> toeplitz = taps[at[:, None] - at + 31] + 20 * torch.eye(32)
     >>> recognize(torch.linalg.inv(toeplitz)).words
