@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from structc.families.base import AbstractFamily, AbstractStructured, with_epilogue
 from structc.families.composition import empty_parts, forms_of, in_turn, part_of, written
+from structc.families.diagonal import Diagonal
 from structc.families.fits import analytic
+from structc.families.selection import Selection
 from structc.forms import Tile
 from structc.records import Hyper, Refusal
 
@@ -83,12 +85,26 @@ class Product(AbstractStructured):
         return [f for part in self._modules_in_turn() for f in part.factors()]
 
     def to_dense(self) -> Tensor:
-        first, *others = self._modules_in_turn()
-        dense = first.to_dense()
-        for part in others:
-            following = part.to_dense()
-            dtype = torch.promote_types(dense.dtype, following.dtype)
-            dense = following.to(dtype) @ dense.to(dtype)
+        """The matrix; scales and choices are applied to it from both sides, not multiplied."""
+        parts = self._modules_in_turn()
+        simple = (Diagonal, Selection)
+        heavy = next((k for k, p in enumerate(parts) if not isinstance(p, simple)), 0)
+        dense = parts[heavy].to_dense()
+        for part in reversed(parts[:heavy]):
+            if isinstance(part, Diagonal):
+                dense = dense * part.scale
+            elif isinstance(part, Selection):
+                wide = dense.new_zeros(len(dense), part.in_features)
+                dense = wide.index_add(1, part.index, dense)
+        for part in parts[heavy + 1 :]:
+            if isinstance(part, Diagonal):
+                dense = part.scale[:, None] * dense
+            elif isinstance(part, Selection):
+                dense = dense[part.index]
+            else:
+                following = part.to_dense()
+                dtype = torch.promote_types(dense.dtype, following.dtype)
+                dense = following.to(dtype) @ dense.to(dtype)
         return dense
 
     def _modules_in_turn(self) -> list[AbstractFamily]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structc.recognition.base import Array, Matrix, Proposal, Recogniser, Recognition, read, shifted
 from structc.recognition.blocks import block_diagonal
-from structc.recognition.build import dense, rescaled
+from structc.recognition.build import rescaled
 from structc.recognition.dictionary import dictionary
 from structc.recognition.displacement import displacement
 from structc.recognition.kronecker import kronecker
@@ -99,7 +99,7 @@ def _holds_everywhere(gap: Array, matrix: Matrix, axis: int) -> bool:
 
 def _verified(matrix: Matrix, proposal: Proposal) -> Recognition | None:
     """The proposal with its measured residual, if that is within the rounding of the matrix."""
-    gap = dense(proposal.family).numpy() - matrix.values
+    gap = proposal.family.to_dense().numpy() - matrix.values
     residual = float(np.linalg.norm(gap)) / (matrix.norm or 1.0)
     if not residual <= matrix.tolerance:  # also refuses a residual that is NaN
         return None

@@ -42,42 +42,14 @@ def product(parts: Sequence[AbstractFamily]) -> AbstractFamily:
     return parts[0] if len(parts) == 1 else Product(list(parts))
 
 
-def dense(family: AbstractFamily) -> Tensor:
-    """The matrix of a family; of a product in O(n^2) beyond that of its one heavy part.
-
-    Selections and diagonals are applied to the heavy part from both sides instead of multiplied.
-    """
-    if not isinstance(family, Product):
-        return family.to_dense()
-    parts = [p for p in family.parts if isinstance(p, AbstractFamily)]
-    heavy = next((k for k, p in enumerate(parts) if not isinstance(p, Selection | Diagonal)), 0)
-    matrix = parts[heavy].to_dense()
-    for part in reversed(parts[:heavy]):
-        if isinstance(part, Diagonal):
-            matrix = matrix * part.scale
-        elif isinstance(part, Selection):
-            empty = matrix.new_zeros(len(matrix), part.in_features)
-            matrix = empty.index_add_(1, part.index, matrix)
-    for part in parts[heavy + 1 :]:
-        if isinstance(part, Diagonal):
-            matrix = part.scale[:, None] * matrix
-        elif isinstance(part, Selection):
-            matrix = matrix[part.index]
-        else:
-            following = part.to_dense()
-            dtype = torch.promote_types(following.dtype, matrix.dtype)
-            matrix = following.to(dtype) @ matrix.to(dtype)
-    return matrix
-
-
 def rescaled(family: AbstractFamily, exponent: int) -> AbstractFamily:
     """``2**exponent`` times a family that is linear in each of its parameters."""
     for parameter in family.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.data = tensor(shifted(parameter.detach().numpy(), exponent))
             return family
-    m = dense(family).shape[0]
-    return product([family, *diagonal(shifted(np.ones(m), exponent))])
+    scale = shifted(np.ones(family.out_features), exponent)
+    return product([family, *diagonal(scale)])
 
 
 def inverse(index: Array) -> Array:

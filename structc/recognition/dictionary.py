@@ -14,6 +14,8 @@ from structc.recognition.build import Scrambled
 
 Array = NDArray[Any]
 PROBES = 4
+SILENT = 1e-9
+"""Rows of a transform below it are zero but for rounding."""
 PURE, WINDOWED = 0.98, 0.5
 """Share of a row's energy in its largest coefficient, with flat columns and with a window."""
 
@@ -78,6 +80,9 @@ def _rows_of(matrix: Matrix, kind: str, window: Array | None) -> Scrambled | Non
         return Scrambled(kind, n, rows, np.arange(n), r, np.ones(n))
     dense = kinds.forward(kind, np.eye(n)).T[rows]
     r, s = _scales(values, dense, window)
+    silent = np.abs(dense).max(axis=1) < SILENT  # sin 0 and sin pi k: any scale will do
+    if not silent.all():
+        r[silent] = r[~silent][0]
     return Scrambled(kind, n, rows, np.arange(n), r, s)
 
 

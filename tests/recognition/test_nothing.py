@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recognize.planted import Array, fixed, rng, tensor
+from recognition.planted import Array, fixed, rng, tensor
 from torch import Tensor
 
 from structc.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recognize.planted import checked, fixed, real_dft, rng, scaled, shuffled, signed, tensor
+from recognition.planted import checked, fixed, real_dft, rng, scaled, shuffled, signed, tensor
 
 from structc.recognition import recognize
 

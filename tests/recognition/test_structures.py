@@ -9,7 +9,7 @@ import scipy.signal
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recognize.planted import (
+from recognition.planted import (
     Array,
     Maker,
     checked,
