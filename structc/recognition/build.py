@@ -99,7 +99,8 @@ class Scrambled:
         if s_mean and np.abs(s / s_mean - 1).max() <= slack:
             r, r_mean, s = r * s_mean, r_mean * s_mean, np.ones(len(s))
         if r_mean and np.abs(r / r_mean - 1).max() <= slack:
-            r = np.full(len(r), r_mean)
+            one = np.all(s == 1)
+            r, s = (np.full(len(r), r_mean), s) if one else (np.ones(len(r)), s * r_mean)
         return replace(self, r=_snapped(r, slack), s=_snapped(s, slack))
 
     def proposal(self, slack: float) -> Proposal:
