@@ -262,7 +262,8 @@ def matrix_of(step: Any, factors: list[Tensor]) -> Tensor:
                 out[torch.tensor(rows)[:, None], torch.tensor(columns)] = w[al, :, :, de]
     elif isinstance(step, Shared):
         out = torch.kron(
-            torch.eye(step.a).double(), torch.kron(wide[0], torch.eye(step.d).double())
+            torch.eye(step.a).double(),
+            torch.kron(wide[0].reshape(step.b, step.c), torch.eye(step.d).double()),
         )
     elif isinstance(step, Permute):
         order = [i * step.q + j for j in range(step.q) for i in range(step.p)]
