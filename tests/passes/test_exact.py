@@ -96,8 +96,8 @@ def test_the_exact_tier_takes_them() -> None:
     report = fast.report.to_dict()
     assert any("circulant" in note for note in report["notes"]), report["notes"]
     rows = {s["name"]: s for s in report["sites"]}
-    exact = [c for c in rows["dct"]["candidates"] if c["family"] == "product"]
-    assert exact and exact[0]["error"] == 0.0
+    (exact,) = [c for c in rows["thin"]["candidates"] if c["family"] == "low_rank"]
+    assert exact["error"] == 0.0
 
 
 @pytest.mark.parametrize("runner", ["modules", "graph"])
