@@ -11,6 +11,7 @@ fits see a sixth of the training pairs, the correlation is read on others. Nothi
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -55,9 +56,9 @@ def layers(model: nn.Module, tokenizer: Any, data: Path) -> list[Layer]:
     return found
 
 
-def half(n: int, m: int) -> dict[str, dict[str, Any]]:
-    """Hyper-parameters that leave each family half of the parameters of an m x n weight."""
-    full, side = n * m // 2, {384: 16, 1536: 32}
+def sized(n: int, m: int, share: float) -> dict[str, dict[str, Any]]:
+    """Hyper-parameters that leave each family this share of the parameters of an m x n weight."""
+    full, side = int(n * m * share), {384: 16, 1536: 32}
     n1, m1 = side[n], side[m]
     pixels = full - 3 * n * m // 16
     middle = max(r for r in range(1, 200) if butterfly_params(n, m, r) <= full)
@@ -72,7 +73,7 @@ def half(n: int, m: int) -> dict[str, dict[str, Any]]:
             "terms": full // (n1 * m1 + n * m // (n1 * m1)),
         },
         "block_sparse": {"height": 32, "width": 32, "count": full // 1024},
-        "block_diagonal": {"blocks": 2, "order": "clustered"},
+        "block_diagonal": {"blocks": round(1 / share), "order": "clustered"},
         "butterfly": {"levels": 3, "rank": middle},
     }
 
@@ -86,16 +87,17 @@ def butterfly_params(n: int, m: int, rank: int) -> int:
         return sys.maxsize
 
 
-def table(found: Sequence[Layer]) -> Iterator[str]:
-    """Lines: the error of each family at half of the parameters, its null, and fit times."""
-    names = list(half(384, 384))
+def table(found: Sequence[Layer], share: float) -> Iterator[str]:
+    """Lines: the error of each family at a share of the parameters, its null, and fit times."""
+    names = list(sized(384, 384, share))
     yield f"{'layer':34}" + "".join(f"{name:>15}" for name in names) + "  best"
     times, wins = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    gains: list[list[float]] = []
 
     def one(layer: Layer) -> tuple[list[float], list[float], list[float]]:
         errors, nulls, seconds = [], [], []
         m, n = layer[1].shape
-        for name, hyper in half(n, m).items():
+        for name, hyper in sized(n, m, share).items():
             start = time.perf_counter()
             module = BY_NAME[name].fit(layer[1], layer[2], **hyper)  # type: ignore[attr-defined]
             seconds.append(time.perf_counter() - start)
@@ -110,10 +112,13 @@ def table(found: Sequence[Layer]) -> Iterator[str]:
             wins[best] += 1
             for name, second in zip(names, seconds, strict=True):
                 times[name] += second
+            gains.append([e / errors[0] for e in errors])
             cells = "".join(f"{e:>8.3f}/{null:.3f} " for e, null in zip(errors, nulls, strict=True))
             yield f"{layer[0].removeprefix('encoder.layer.'):34}{cells} {best}"
     yield f"{'seconds, all layers':34}" + "".join(f"{times[name]:>14.1f} " for name in names)
     yield f"{'best on so many layers':34}" + "".join(f"{wins[name]:>14} " for name in names)
+    ratios = [statistics.median(r) for r in zip(*gains, strict=True)]
+    yield f"{'median error / low rank':34}" + "".join(f"{ratio:>14.3f} " for ratio in ratios)
     yield f"{len(found)} layers in {time.perf_counter() - start:.0f} s"
 
 
@@ -167,9 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     model, tokenizer = load(options.models)
     if options.table:
-        print("error / null at half of the parameters:")
-        for line in table(layers(model, tokenizer, options.data)):
-            print(line, flush=True)
+        found = layers(model, tokenizer, options.data)
+        for share in (0.5, 0.25):
+            print(f"error / null at {share:.0%} of the parameters:")
+            for line in table(found, share):
+                print(line, flush=True)
     for share, blind, aware in drops(model, tokenizer, options.data, (0.75, 0.5)):
         print(
             f"low rank, {share:.0%} of the parameters: STS-B drops by {blind:.1%} with the Gram of "

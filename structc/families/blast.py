@@ -20,7 +20,7 @@ BLOCKS = (8, 4, 2)
 """Counts of blocks that are proposed, the first that divides both sides: more fit better."""
 FRACTIONS = (0.5, 0.35)
 SWEEPS = 30
-LEAST, WORK = 4, 2 * 10**12
+LEAST, WORK = 1, 2 * 10**12
 """Sweeps and products of a fit: only matrices above 2048 x 2048 get fewer sweeps than the rest."""
 PROGRESS = 3e-3
 """A fit stops when a sweep lowers the squared error by less than this share."""

@@ -21,7 +21,8 @@ from structc.records import Hyper, Refusal
 
 GRIDS = ((2, 2), (4, 4))
 FRACTIONS = (0.75, 0.5)
-SWEEPS = 8
+SWEEPS, FEW, LARGE = 8, 3, 2048
+"""Sweeps of a descent; fewer above LARGE x LARGE, where one takes ten seconds."""
 TURNS = 2
 PROGRESS = 1e-3
 """Coordinate descent stops when a sweep lowers the squared error by less than this share."""
@@ -204,8 +205,9 @@ def _descend(wb: Tensor, gram: Tensor, rank: int, start: Factors) -> Factors:
     k, _, _, i = wb.shape
     cb = gram.reshape(k, i, k, i).transpose(1, 2)  # (k, k, i, i)
     metrics = cb[range(k), range(k)]
-    inverses = torch.linalg.pinv(metrics, hermitian=True)
     lam, vectors = torch.linalg.eigh(metrics)
+    able = lam > lam[:, -1:] * i * torch.finfo(lam.dtype).eps  # as a pseudo-inverse cuts
+    inverses = (vectors * torch.where(able, 1 / lam, 0)[:, None, :]) @ vectors.mT
     roots = vectors * lam.clamp_min(0).sqrt()[:, None, :]
 
     whitened = [_truncate(wb[a], metrics[a], roots[a], rank) for a in range(k)]
@@ -213,7 +215,7 @@ def _descend(wb: Tensor, gram: Tensor, rank: int, start: Factors) -> Factors:
     best, error = min(((f, _squared(wb, f, gram)) for f in (start, other)), key=lambda fe: fe[1])
     p, q = (t.clone() for t in best)
     gaps = wb - p @ q  # E, kept up to date block by block
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if wb.numel() <= LARGE**2 else FEW):
         for a in range(k):
             pull = torch.einsum("bjli,bih->jlh", gaps, cb[:, a]) - gaps[a] @ metrics[a]
             target = wb[a] + pull @ inverses[a]
