@@ -137,7 +137,7 @@ def _scaled(gram: Tensor | None) -> Tensor | None:
     if level <= 0:
         return None  # inputs that are zero, or constant up to rounding, say nothing of a fit
     c = gram.detach().double() * 2.0 ** -math.frexp(level)[1]  # a power of two: nothing is rounded
-    return (c + c.mT).mul_(0.5)
+    return c if torch.equal(c, c.mT) else (c + c.mT).mul_(0.5)
 
 
 def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> AbstractFamily | Refusal:

@@ -18,7 +18,8 @@ from structc.records import Hyper, Refusal
 
 FRACTIONS = (0.5, 0.25)
 """Of the dense products: the factors are small, but each is used many times."""
-SWEEPS = 8
+SWEEPS, FEW, LARGE = 8, 4, 2048
+"""Sweeps of a fit; fewer above LARGE x LARGE."""
 PROGRESS = 3e-3
 JOINT = 1024
 """Unknowns a row that are solved for together: a step takes so many terms at a time."""
@@ -152,7 +153,7 @@ def _descend(weight: Tensor, gram: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor
     m1, n1 = a.shape[1:]
     turned = _turned(weight, m1, n1), _turned(gram, n1, n1)
     error = math.inf
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if weight.numel() <= LARGE**2 else FEW):
         a, _ = _half(weight, gram, a, b)
         b, now = _half(*turned, b, a)
         if now > error * (1 - PROGRESS):
