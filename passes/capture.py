@@ -26,6 +26,7 @@ from structc.inputs import canonical, clone_call, describe, run, signature_of
 from structc.passes.agreement import checked
 from structc.passes.buffers import preserved_buffers
 from structc.passes.clone import clone_tree, set_modes
+from structc.passes.filters import long_filters, use_filters
 from structc.passes.guards import guards_of
 from structc.records import Call, Captured, Refusal, Region
 
@@ -34,12 +35,14 @@ log = logging.getLogger("structc.capture")
 TRACED_BATCH = 4
 
 
-def capture(model: nn.Module, example: Call) -> Captured:
+def capture(model: nn.Module, example: Call, *, timed: bool = False) -> Captured:
     """Clone a model and export what can be exported.
 
     Args:
         model: in any mode; its flags, buffers and hooks are as before afterwards.
         example: a call of it.
+        timed: whether long depthwise convolutions may be timed against an FFT, which takes their
+            place where it is faster; otherwise operations are counted.
 
     Errors: :class:`CaptureError` if the model cannot run the example; :class:`UnsupportedModel`
         for kinds of models that have no readable weights.
@@ -49,12 +52,15 @@ def capture(model: nn.Module, example: Call) -> Captured:
     set_modes(tree, False)
     example = canonical(model, example)
     calls, rows = record_calls(tree, example)
+    filters = long_filters(tree, calls, timed=timed)
+    use_filters(tree, filters)
     region, reason = export_region(tree, "", example)
     if region is not None:
-        return Captured(tree, example, (region,), None, rows, ())
+        return Captured(tree, example, (region,), None, rows, (), filters)
     refusals = [Refusal("model", "capture", "EXPORT", f"the whole model does not export: {reason}")]
     regions = list(_partial_regions(tree, calls, refusals))
-    return Captured(tree, example, tuple(regions), _analysis(tree, example), rows, tuple(refusals))
+    analysis = _analysis(tree, example)
+    return Captured(tree, example, tuple(regions), analysis, rows, tuple(refusals), filters)
 
 
 def check_supported(model: object) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from structc.families import AbstractFamily
+from structc.passes.filters import LongFilter
 from structc.passes.linear_uses import full_name, rows_of
 from structc.records import Captured, LinearSite, NodeRef, Refusal, Region, Window
 
@@ -93,7 +94,7 @@ def convolution_sites(captured: Captured) -> Iterator[LinearSite | Refusal]:
                     name = full_name(region, str(weight.target))
                     uses.setdefault(name, []).append((region, node))
     for name, module in captured.tree.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not isinstance(module, LongFilter):
             yield _site(name, module, uses.get(f"{name}.weight", []))
 
 

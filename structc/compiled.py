@@ -27,6 +27,7 @@ class Handle:
         runner: ``"graph"``, ``"inductor"`` or ``"modules"``.
         replaced: for each rewritten site the name of its family module in the product.
         chains: programs that a graph runs as one operator.
+        filters: depthwise convolutions that run by FFT.
         original: the model that was compiled, as long as somebody else keeps it.
     """
 
@@ -38,6 +39,7 @@ class Handle:
     runner: str
     replaced: dict[str, str] = field(default_factory=dict)
     chains: frozenset[str] = frozenset()
+    filters: tuple[str, ...] = ()
     original: weakref.ref[nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:

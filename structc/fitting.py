@@ -74,6 +74,14 @@ def known_structures(
     return replace(sites, linear=tuple(linear), convolutions=()), families
 
 
+def filter_notes(captured: Captured) -> list[str]:
+    """What became of long depthwise convolutions."""
+    return [
+        f"{name}: its filters run by FFT: {direct:.3g} -> {by_fft:.3g} ms"
+        for name, (direct, by_fft) in captured.filters.items()
+    ]
+
+
 def reached(sites: Sites, profile: Profile | None, notes: Log) -> Sites:
     """Leave out layers that no calibration data reached: nothing says what they may lose."""
     if profile is None:

@@ -24,7 +24,7 @@ from structc.errors import (
     BudgetNotMet,
     ConfigError,
 )
-from structc.fitting import calibrated, fitted, known_structures, reached
+from structc.fitting import calibrated, filter_notes, fitted, known_structures, reached
 from structc.hardware import target
 from structc.inputs import calibration_calls, clone_call, example_of, required_example
 from structc.options import Log, Options, Progress, fingerprint, keep, resolve
@@ -191,8 +191,9 @@ def inspect(
         example = required_example(model, example_inputs, "inspect")
         notes = Log()
         with notes.stage("capture"):
-            captured = capture(model, example)
+            captured = capture(model, example, timed=options.effort in ("quick", "full"))
             notes.refusals += captured.refusals
+            notes.notes += filter_notes(captured)
         with notes.stage("detect"):
             sites = keep(detect(captured), options, notes)
         with notes.stage("recognise"):
@@ -239,7 +240,7 @@ def _stages(
     stage = notes.stage
     with stage("capture"):
         options.progress("capture", 0, 1)
-        captured = capture(model, example)
+        captured = capture(model, example, timed=options.effort in ("quick", "full"))
         options.progress("capture", 1, 1)
     dump("capture", captured)
     work = WorkDir(options.work_dir, fingerprint(model, [example, *calls], options))
@@ -276,6 +277,7 @@ def _stages(
         chain_kernels.extend(bindings)
         return fast
 
+    notes.notes += filter_notes(captured)
     with stage("verify"):
         product, plan, verification = verify_product(
             lab,
@@ -319,6 +321,7 @@ def _handle(
         verification.runner,
         {name: place_of(product.tree, module) for name, module in product.replaced.items()},
         product.chains,
+        tuple(captured.filters),
         weakref.ref(model),
     )
 

@@ -383,6 +383,7 @@ class Captured:
         analysis: a graph of the whole model that is only read (cache off), if regions are partial.
         leaf_rows: leaf modules that the example call reached, with the rows of their input.
         refusals: submodules that could not be exported, with the reason.
+        filters: depthwise convolutions that run by FFT in the tree, with the milliseconds of both.
     """
 
     tree: nn.Module
@@ -391,6 +392,7 @@ class Captured:
     analysis: Region | None
     leaf_rows: Mapping[str, int]
     refusals: tuple[Refusal, ...]
+    filters: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

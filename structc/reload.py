@@ -20,6 +20,7 @@ from structc.errors import ArtifactCorrupt, ArtifactMismatch
 from structc.families import BY_NAME, AbstractFamily, Dense
 from structc.passes.capture import export_region
 from structc.passes.clone import clone_tree
+from structc.passes.filters import use_filters
 from structc.passes.inductor import Frozen, freeze
 from structc.passes.region import Runner, without_weights
 from structc.passes.rewrite import Product, place_of, rewrite
@@ -48,6 +49,7 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         artifact.check_same_model(model, sites, manifest)
         tree = clone_tree(model).eval()
         _materialise_meta(tree)
+        filters = _filters(tree, manifest["filters"], Path(path))
         regions = _regions_again(tree, manifest, Path(path))
         _check_nodes(regions, sites, Path(path))
         captured = Captured(tree, Call((), {}), regions, None, {}, ())
@@ -67,9 +69,21 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         kept = tuple(map(without_weights, regions))
         plan = replace(plan, words=report.explanations())
         handle = Handle(
-            report, plan, sites, kept, kernels, manifest["runner"], places, product.chains
+            report, plan, sites, kept, kernels, manifest["runner"], places, product.chains, filters
         )
         return wrap(product.tree, handle)
+
+
+def _filters(tree: nn.Module, names: Any, path: Path) -> tuple[str, ...]:
+    """Let the depthwise convolutions that an artifact names run by FFT again."""
+    modules = dict(tree.named_modules())
+    if not isinstance(names, list) or any(type(modules.get(n)) is not nn.Conv1d for n in names):
+        raise ArtifactCorrupt(
+            f"artifact: {path}: {names!r} are no convolutions of the model",
+            hint="Convert the model again, or fetch the artifact again.",
+        )
+    use_filters(tree, names)
+    return tuple(names)
 
 
 def _materialise_meta(tree: nn.Module) -> None:

@@ -76,10 +76,10 @@ class Convolve(Written):
     def fft_size(self) -> int:
         """Points of the FFT: the period where that is fast, else enough that nothing wraps."""
         n, m = self.n, self.m
-        if self.periodic and m <= n == _fast_size(n):
+        if self.periodic and m <= n == fast_size(n):
             return n
         least, most = (1 - n, m - 1) if self.periodic else self.diagonals
-        return _fast_size(max(n, m, n + most, m - least))
+        return fast_size(max(n, m, n + most, m - least))
 
     @property
     def params(self) -> int:
@@ -159,7 +159,7 @@ def _fft_flops(size: int) -> int:
     return round(5 * size * math.log2(max(2, size)))
 
 
-def _fast_size(least: int) -> int:
+def fast_size(least: int) -> int:
     """The smallest 2^a 3^b 5^c that is no smaller: sizes at which every FFT library is fast."""
     best = 1 << max(0, least - 1).bit_length()
     five = 1

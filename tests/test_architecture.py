@@ -28,6 +28,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("forms",),
     ("names", "progress", "reference", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
+    ("filters",),
     ("families", "metrics"),
     ("recognition",),
     ("passes", "codegen", "compiled", "report"),

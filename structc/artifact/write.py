@@ -160,6 +160,7 @@ def _manifest(model: nn.Module, handle: Handle, state: Mapping[str, Tensor]) -> 
         "regions": [d for r in handle.regions if (d := _region_data(r)) is not None],
         "kernels": list(handle.kernels),
         "chains": sorted(handle.chains),
+        "filters": sorted(handle.filters),
     }
 
 

@@ -17,7 +17,8 @@ from structc.records import Hyper, Refusal
 
 LEVELS = 3
 FRACTIONS = (0.5, 0.35)
-SWEEPS = 2
+SWEEPS, LARGE = 2, 2048
+"""Sweeps of a refinement; none above LARGE x LARGE, where one takes minutes."""
 TURNS = 4
 """Conjugate-gradient steps for one factor; each lowers the error."""
 PROGRESS = 3e-3
@@ -268,7 +269,7 @@ def _refine(weight: Tensor, gram: Tensor, chain: list[Tensor]) -> list[Tensor]:
     """
     chain, product = list(chain), weight @ gram
     total, error = float((product * weight).sum()), math.inf
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if weight.numel() <= LARGE**2 else 0):
         x, v = gram, product
         for s in reversed(range(len(chain))):
             chain[s] = _least(chain[:s], chain[s], v, x)

@@ -19,7 +19,8 @@ from structc.records import Hyper, Refusal
 PROPOSED = (16, 2)
 """Blocks and levels that are proposed: 3 of 16 blocks in each row."""
 FRACTIONS = (0.5, 0.35)
-SWEEPS = 20
+SWEEPS, FEW, LARGE = 20, 3, 2048
+"""Sweeps of a fit; fewer above LARGE x LARGE."""
 PROGRESS = 3e-3
 TURNS = 2
 """Orthogonal iterations that follow the low-rank part from one sweep to the next."""
@@ -173,7 +174,7 @@ def _descend(
     height, width = weight.shape[0] // q, weight.shape[1] // q
     edges, columns = places(mask)
     error = math.inf
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if weight.numel() <= LARGE**2 else FEW):
         values = solved(weight - u @ v, gram, mask, height, width)
         rest = weight - scattered(values, edges, columns, weight.shape[1])
         gap = rest - u @ v

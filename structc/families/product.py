@@ -34,7 +34,7 @@ class Product(AbstractStructured):
     >>> m = Product([Diagonal(torch.tensor([1.0, 2.0])), Transform("hadamard", 2)])
     >>> m.to_dense()
     tensor([[ 1.,  2.],
-            [ 1., -2.]], grad_fn=<MmBackward0>)
+            [ 1., -2.]], grad_fn=<...>)
     """
 
     name: ClassVar[str] = "product"
