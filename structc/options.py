@@ -23,6 +23,8 @@ from structc.records import Call, Hyper, LinearSite, Refusal, Sites
 from structc.workdir import hash_calls, hash_source, hash_tensors
 
 Progress = Callable[[str, int, int], None]
+_USUAL = (1024, 1024)
+"""A size at which every family that proposes any hyper-parameters does so."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,17 @@ def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapp
                 )
         yield str(name), {str(key): value for key, value in asked.items()}
         return
-    for hyper in BY_NAME[name].proposals(site.in_features, site.out_features):
+    offered = list(BY_NAME[name].proposals(site.in_features, site.out_features))
+    names_needed = not BY_NAME[name].proposals(*_USUAL) and BY_NAME[name].hyper_names()
+    if not offered and names_needed:
+        raise ConfigError(
+            f"config: {site.name} asks for {name}, which proposes no sizes of its own",
+            hint=f"Say which: {name} takes {', '.join(BY_NAME[name].hyper_names())}.",
+            layer=site.name,
+        )
+    if not offered and not BY_NAME[name].hyper_names():
+        offered = [{}]
+    for hyper in offered:
         yield name, hyper
 
 

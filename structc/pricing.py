@@ -13,11 +13,11 @@ from structc.codegen import autotune, lower
 from structc.codegen.autotune import Request
 from structc.errors import InternalError
 from structc.families import BY_NAME, AbstractFamily, Dense, LowRank
-from structc.forms import PackedDense, parse_form
+from structc.forms import Form, PackedDense, parse_form
 from structc.options import Log, Options, forced, proposals
 from structc.passes.chains import Chain
 from structc.progress import named
-from structc.records import Candidate, LinearSite, Plan, Price, Refusal, Sites
+from structc.records import Candidate, Hyper, LinearSite, Plan, Price, Refusal, Sites
 
 _BASELINES = (Dense.name, LowRank.name)
 WORTH = 0.98
@@ -38,13 +38,10 @@ def price(
     requests: dict[tuple[str, str, tuple[tuple[str, int], ...]], Request] = {}
     for site in sites.linear:
         for family, hyper in proposals(site, options, known.get(site.name)):
-            form = BY_NAME[family].form_of(
-                site.in_features,
-                site.out_features,
-                hyper,
-                bias=site.bias is not None,
-                activation=site.activation,
-            )
+            form = _form(site, family, hyper)
+            if isinstance(form, Refusal):
+                notes.refusals.append(form)
+                continue
             requests[site.name, family, _frozen(hyper)] = Request(
                 form,
                 site.rows,
@@ -70,6 +67,21 @@ def price(
             prices[site_name, family, hyper_key] = (request, cost)
     notes.notes += _model_note([cost for _, cost in prices.values()])
     return prices
+
+
+def _form(site: LinearSite, family: str, hyper: Hyper) -> Form | Refusal:
+    """The form of a proposal; the user may have asked for one that the sizes do not allow."""
+    n, m = site.in_features, site.out_features
+    try:
+        form = BY_NAME[family].form_of(
+            n, m, hyper, bias=site.bias is not None, activation=site.activation
+        )
+    except (ValueError, ArithmeticError, LookupError, InternalError) as e:
+        return Refusal(site.name, family, "HYPER", f"{dict(hyper)} on {m} x {n}: {e}")
+    if (form.in_features, form.out_features) == (n, m):
+        return form
+    reason = f"it has no matrix of {m} x {n}, only of {form.out_features} x {form.in_features}"
+    return Refusal(site.name, family, "SIZE", reason)
 
 
 def _asked_for(sites: Sites, options: Options) -> bool:
