@@ -49,7 +49,7 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         artifact.check_same_model(model, sites, manifest)
         tree = clone_tree(model).eval()
         _materialise_meta(tree)
-        filters = _filters(tree, manifest["filters"], Path(path))
+        filters = _filters(tree, manifest.get("filters", []), Path(path))
         regions = _regions_again(tree, manifest, Path(path))
         _check_nodes(regions, sites, Path(path))
         captured = Captured(tree, Call((), {}), regions, None, {}, ())

@@ -195,7 +195,7 @@ def _site_from(data: Mapping[str, Any]) -> LinearSite:
         rows=_natural(data["rows"]),
         dtype=dtype,
         tags=frozenset(map(str, data["tags"])),
-        window=None if data["window"] is None else _window_from(data["window"]),
+        window=None if data.get("window") is None else _window_from(data["window"]),
     )
 
 
