@@ -22,6 +22,7 @@ from structc.families.low_rank import LowRank
 from structc.families.monarch import Monarch
 from structc.families.pixelfly import Pixelfly
 from structc.families.product import Product
+from structc.families.ragged_monarch import RaggedMonarch
 from structc.families.selection import Selection
 from structc.families.sum import Sum
 from structc.families.toeplitz import Toeplitz
@@ -31,6 +32,7 @@ FAMILIES: tuple[type[AbstractFamily], ...] = (
     Dense,
     LowRank,
     Monarch,
+    RaggedMonarch,
     Blast,
     BlockDiagonal,
     BlockSparse,
@@ -70,6 +72,7 @@ __all__ = [
     "Monarch",
     "Pixelfly",
     "Product",
+    "RaggedMonarch",
     "Selection",
     "Sum",
     "Toeplitz",
