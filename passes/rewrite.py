@@ -85,7 +85,7 @@ def rewrite(
 
 
 def _leaf(module: AbstractFamily, site: LinearSite) -> nn.Module:
-    return module if site.window is None else Windowed(module, site.window)
+    return module if site.window is None else Windowed(module, site.window).train(False)
 
 
 def _adopt(tree: nn.Module, site: LinearSite, module: AbstractFamily) -> str:

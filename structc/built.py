@@ -219,7 +219,8 @@ def _parts(
             f"build: the fit was refused: {given.reason}", hint="Try other hyper-parameters."
         )
     if isinstance(given, AbstractFamily):
-        dtype = dtype or next(f.dtype for f in given.factors() if f.dtype != torch.int64)
+        held = [t.dtype for t in (*given.parameters(), *given.buffers()) if t.dtype != torch.int64]
+        dtype = dtype or (held[0] if held else torch.float32)
         family = copy.deepcopy(given).to(dtype)
         _check_bias(bias, family.out_features)
         if bias is not None and family.bias is not None:

@@ -60,7 +60,8 @@ def known_structures(
 
     Convolutions with one are linear sites from here on, the others stay as they are.
     """
-    found = recognised(captured, sites, options.progress)
+    timed = options.effort in ("quick", "full")
+    found = recognised(captured, sites, options.progress, timed=timed)
     for name, recognition in found.items():
         notes.notes.append(f"{name}: {recognition.words}")
     linear = [*sites.linear]
@@ -68,7 +69,7 @@ def known_structures(
         if site.name in found:
             linear.append(site)
             continue
-        reason = "its kernels have no exact structure; convolutions are not approximated"
+        reason = "its kernels are no transform, or it is faster as it is; it is not approximated"
         notes.refusals.append(Refusal(site.name, "recognise", "NO_STRUCTURE", reason))
     families = {name: recognition.family for name, recognition in found.items()}
     return replace(sites, linear=tuple(linear), convolutions=()), families

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass, fields
 
 from structc.errors import InternalError
-from structc.spectral_steps import COMPLEX, TRANSFORMS, Convolve, Displace, Flip, Transform
+from structc.spectral_steps import COMPLEX, POWERS, TRANSFORMS, Convolve, Displace, Flip, Transform
 from structc.steps import (
     ACTIVATIONS,
     NORMS,
@@ -99,6 +99,8 @@ class Tile:
                 raise InternalError(f"tile program: {s} is no normalisation")
             if isinstance(s, Transform) and s.kind not in TRANSFORMS:
                 raise InternalError(f"tile program: {s.kind!r} is no transform")
+            if isinstance(s, Transform) and s.kind in POWERS and s.n & (s.n - 1):
+                raise InternalError(f"tile program: {s} needs a power of two")
             if isinstance(s, SPECTRAL) and min(s.in_features, s.out_features) < 1:
                 raise InternalError(f"tile program: sizes of {s} start at 1")
             if isinstance(s, Sparse) and (not s.b or not s.c or s.m % s.b or s.n % s.c):

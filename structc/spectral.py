@@ -79,8 +79,7 @@ def displace(x: Tensor, g: Tensor, h: Tensor, step: Displace) -> Tensor:
     if not x.numel():
         return x + 0 * (g.sum() + h.sum())
     wide, g, h = _wide(x), _wide(g), _wide(h)
-    turns = torch.arange(step.n, device=x.device, dtype=_real(wide.dtype)) * (math.pi / step.n)
-    om = torch.polar(torch.ones_like(turns), turns)
+    om = _turns(wide, step.n, 1.0)
     # the transpose of a circulant: its spectrum read backwards, the product with x by its inverse
     backwards = torch.fft.ifft(om * h, norm="forward")
     inner = torch.fft.fft(wide / om).unsqueeze(-2) * backwards

@@ -121,6 +121,8 @@ TRANSFORMS = (
     "dft", "idft", "hartley", "hadamard", "haar", "rdft", "irdft",
     "dct1", "dct2", "dct3", "dct4", "dst1", "dst2", "dst3", "dst4",
 )  # fmt: skip
+POWERS = ("hadamard", "haar")
+"""Transforms whose sizes are powers of two."""
 COMPLEX = ("dft", "idft")
 """Transforms whose outputs are complex."""
 

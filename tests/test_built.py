@@ -242,3 +242,12 @@ def test_what_is_no_batch_of_vectors_is_refused(x: Any) -> None:
     op = structc.build(LowRank.fit(torch.randn(4, 4), rank=1), rows=2, effort="none")
     with pytest.raises(ConfigError, match="takes a tensor"):
         op(x)
+
+
+def test_families_without_numbers_are_built() -> None:
+    from structc.families import Product, Selection, Transform
+
+    order = Selection(torch.randperm(8), 8)
+    for family in (Transform("dct2", 8), order, Product([order, Transform("hadamard", 8)])):
+        op, x = structc.build(family, rows=4, effort="none"), torch.randn(4, 8)
+        assert torch.allclose(op(x), x @ family.to_dense().T, atol=1e-5)

@@ -260,6 +260,16 @@ def _natural(value: Any) -> int:
     return value
 
 
+def _same_window(model: nn.Module, site: LinearSite) -> bool:
+    """Whether the model has this convolution where the artifact rewrote one."""
+    conv = dict(model.named_modules()).get(site.module)
+    if not isinstance(conv, (nn.Conv1d, nn.Conv2d)) or site.window is None:
+        return False
+    window, padding = site.window, conv.padding
+    same = not isinstance(padding, str) and tuple(padding) == window.padding
+    return same and (tuple(conv.kernel_size), tuple(conv.stride)) == (window.kernel, window.stride)
+
+
 def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]) -> None:
     """The model must have every weight that the artifact rewrote, in its shape, and all others.
 
@@ -277,13 +287,19 @@ def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]
         shape = (site.out_features, site.in_features)
         want = shape[::-1] if site.transposed else shape
         have = every.get(site.weight)
-        if site.window is not None and have is not None and len(have) > 2:
+        if site.window is not None:
+            if not _same_window(model, site):
+                wrong.append(f"{site.module} is no convolution of {site.window}")
+                continue
+            assert have is not None
             have = (have[0], math.prod(have[1:]))
         if have != want:
             wrong.append(f"{site.weight} is {every.get(site.weight)}, the artifact has {want}")
         if site.bias is not None and site.bias not in every:
             wrong.append(f"{site.bias} is missing")
-        if site.module:
+        if site.window is not None:
+            gone |= {n for n in (site.weight, site.bias) if n is not None}
+        elif site.module:
             gone.add(site.weight)
         else:  # factors have taken the place of the tensors that the module held itself
             gone |= {n for n in (site.weight, site.bias) if n is not None and n not in saved}

@@ -13,6 +13,8 @@ from structc.errors import InternalError
 from structc.families.base import AbstractFamily
 from structc.forms import Add, Keep, Load, Mul, Step, Tile
 
+LONGEST, DEEPEST = 20_000, 16
+"""Letters of a text, and brackets in it: a file may say anything."""
 _NAME = re.compile(r"(\w+)\((\d+),(\d+)(.*)\)", re.DOTALL)
 
 
@@ -35,7 +37,12 @@ def _word(value: object) -> str:
 
 
 def part_of(module: AbstractFamily) -> Part:
-    """The part that a module is."""
+    """The part that a module is.
+
+    Errors: ValueError for one with a bias, which has no place inside a product or a sum.
+    """
+    if module.bias is not None:
+        raise ValueError(f"{module.name} has a bias: give it to the product or sum instead")
     return Part(module.name, module.in_features, module.out_features, module.hyper())
 
 
@@ -54,6 +61,8 @@ def read(text: str) -> list[Part]:
 
     Errors: :class:`InternalError` for a text that it did not write.
     """
+    if len(text) > LONGEST or text.count("[") > DEEPEST:
+        raise InternalError(f"a text of {len(text)} letters is no product or sum")
     parts = []
     for item in _split(text, ";"):
         match = _NAME.fullmatch(item)

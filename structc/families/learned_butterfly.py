@@ -17,7 +17,7 @@ from structc.numerics import relative_error
 from structc.records import Hyper, Refusal
 
 LAYOUTS = ("bp", "kaleidoscope")
-LARGEST = 512
+LARGEST = 128
 """Features up to which a fit is tried: gradients of the whole matrix, thousands of times."""
 RESTARTS, BATCHES, STEPS = 12, 3, 1500
 """Starts that are trained side by side, how often that is repeated, Adam steps of each."""
@@ -37,7 +37,7 @@ class LearnedButterfly(AbstractStructured):
     Shapes:  x (..., n), n a power of two;  levels (n / 2t, 2, 2, t), tied (2, 2, t);  for bp
              order0, order1, ... (n,) of int64;  y (..., n).
     Cost:    flops = 4*rows*n*log2(n) a B;  params = 2*n*log2(n) a B, tied 4*(n - 1).
-    Errors:  none; other sizes than powers of two, and above 512, are Refusals of fit.
+    Errors:  none; other sizes than powers of two, and above 128, are Refusals of fit.
     Source:  Dao et al. 2019, arXiv:1903.05895 (relaxed permutations: three generators a level, so 8
              choices); Dao et al. 2020, Kaleidoscope, arXiv:2012.14966.
 
@@ -100,7 +100,7 @@ class LearnedButterfly(AbstractStructured):
         """Adam on relaxed permutations from several starts, rounding, L-BFGS; a local optimum.
 
         Args:
-            weight: ``(n, n)``, n a power of two up to 512; fitted in float64.
+            weight: ``(n, n)``, n a power of two up to 128, which takes minutes; fitted in float64.
             gram: ``E[x x^T]``, ``(n, n)``; refines what is found without it.
             layout: "bp" or "kaleidoscope".
             depth: w, how often that is repeated.

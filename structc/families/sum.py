@@ -18,6 +18,7 @@ from structc.families.composition import (
     read,
     written,
 )
+from structc.families.dense import Dense
 from structc.families.fits import analytic, simulated
 from structc.forms import Tile
 from structc.numerics import weighted_error
@@ -84,10 +85,10 @@ class Sum(AbstractStructured):
         fits = _fits(parts, weight)
         if isinstance(fits, Refusal):
             return fits
-        found = _alternate(weight, None, gram, fits)
+        found = _alternate(weight, None, fits)
         if isinstance(found, Refusal) or gram is None:
             return found if isinstance(found, Refusal) else cls(found)
-        aware = _alternate(weight, gram, gram, fits)
+        aware = _alternate(weight, gram, fits)
         if isinstance(aware, Refusal):
             return aware
         return min((cls(found), cls(aware)), key=lambda made: made.error(weight, gram))
@@ -121,7 +122,10 @@ def _fits(text: str, weight: Tensor) -> list[Fit] | Refusal:
     m, n = weight.shape
     for part in parts:
         if part.name not in BY_NAME or (part.out_features, part.in_features) != (m, n):
-            return Refusal("", Sum.name, "PARTS", f"{part} is no family of {m} x {n}")
+            return Refusal("", Sum.name, "PARTS", f"{part} is no family of {n} inputs, {m} outputs")
+        names = BY_NAME[part.name].hyper_names()
+        if set(part.hyper) != set(names) or part.name == Dense.name:
+            return Refusal("", Sum.name, "PARTS", f"{part.name} takes {', '.join(names) or 'none'}")
     if not parts:
         return Refusal("", Sum.name, "PARTS", "a sum needs at least one part")
 
@@ -133,7 +137,7 @@ def _fits(text: str, weight: Tensor) -> list[Fit] | Refusal:
 
 
 def _alternate(
-    w: Tensor, data: Tensor | None, gram: Tensor | None, fits: Sequence[Fit]
+    w: Tensor, data: Tensor | None, fits: Sequence[Fit]
 ) -> list[AbstractFamily] | Refusal:
     parts: list[AbstractFamily] = []
     values: list[Tensor] = []
@@ -143,7 +147,7 @@ def _alternate(
             return part
         parts.append(part)
         values.append(part.to_dense().detach())
-    error = weighted_error(w, sum(values, torch.zeros_like(w)), gram)
+    error = weighted_error(w, sum(values, torch.zeros_like(w)), data)
     for _ in range(SWEEPS if len(fits) > 1 else 0):
         before = error
         for at, fit in enumerate(fits):
@@ -152,7 +156,7 @@ def _alternate(
             if isinstance(part, Refusal):
                 continue
             value = part.to_dense().detach()
-            now = weighted_error(w, others + value, gram)
+            now = weighted_error(w, others + value, data)
             if now < error:
                 parts[at], values[at], error = part, value, now
         if error > before * (1 - PROGRESS):

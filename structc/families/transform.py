@@ -14,9 +14,7 @@ from structc.families.base import AbstractStructured, with_epilogue
 from structc.families.fits import analytic
 from structc.forms import COMPLEX, TRANSFORMS, Tile
 from structc.records import Hyper, Refusal
-
-POWERS = ("hadamard", "haar")
-"""Transforms whose sizes are powers of two."""
+from structc.spectral_steps import POWERS
 
 
 @final

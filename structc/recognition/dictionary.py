@@ -61,8 +61,10 @@ def _rows_of(matrix: Matrix, kind: str, window: Array | None) -> Scrambled | Non
     values, (m, n) = matrix.values, matrix.shape
     if not kinds.exists(kind, n):
         return None
+    norms = np.linalg.norm(values, axis=1)
+    empty = norms <= SILENT * norms.max()
     picked = np.unique(np.linspace(1, m - 1, PROBES).astype(int))
-    picked = picked[values[picked].any(axis=1)]
+    picked = picked[~empty[picked]]
     flat = _flattened(values[picked], window)
     energy = np.abs(kinds.analyse(kind, flat)) ** 2
     share = PURE if window is None else WINDOWED
@@ -71,7 +73,6 @@ def _rows_of(matrix: Matrix, kind: str, window: Array | None) -> Scrambled | Non
     coefficients = kinds.analyse(kind, _flattened(values, window))
     rows = np.abs(coefficients).argmax(axis=1)
     r = coefficients[np.arange(m), rows]
-    empty = ~values.any(axis=1)
     if 2 * len(np.unique(rows[~empty])) < m - empty.sum():
         return None  # few rows again and again: that is low rank
     rows[empty] = _unused(rows[~empty], coefficients.shape[1], int(empty.sum()))

@@ -59,7 +59,7 @@ class Spectrogram(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.front = nn.Conv1d(1, 34, 32, stride=16, bias=False)
+        self.front = nn.Conv1d(1, 34, 32, stride=16)
         self.mix = nn.Conv1d(34, 8, 3, padding=1)
         self.grouped = nn.Conv1d(8, 8, 3, groups=8)
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_the_exact_tier_takes_them() -> None:
 
 
 @pytest.mark.parametrize("runner", ["modules", "graph"])
-def test_rewritten_models_compute_the_same_and_survive_a_file(tmp_path, runner) -> None:
+def test_rewritten_models_compute_the_same(monkeypatch, runner) -> None:
     """Whatever is faster here: every structure is put in place, in the tree and in the graph."""
     from structc.passes.fit import materialise
     from structc.passes.objective import Objectives
@@ -122,12 +122,16 @@ def test_rewritten_models_compute_the_same_and_survive_a_file(tmp_path, runner) 
         }
         assert modules
         product = rewrite(captured, sites, modules)
+        ran = []
         for r in product.runners:
             r.active = runner == "graph"
-        assert relative_error(product.tree(x), model(x)) < 1e-5
-        bigger = torch.cat([x, x, x])
-        assert relative_error(product.tree(bigger), model(bigger)) < 1e-5
+            monkeypatch.setattr(r, "run", lambda *a, f=r.run, s=ran: s.append(f(*a)) or s[-1])
+        with torch.no_grad():
+            for given in (x, torch.cat([x, x, x])):
+                assert relative_error(product.tree(given), model(given)) < 1e-5
+        assert not any(m.training for m in product.tree.modules())
         if runner == "graph":
+            assert len(ran) == 2 and all(isinstance(y, Tensor) for y in ran)
             code = product.runners[0].region.graph.code
             assert "structc.tile" in code and "front_weight" not in code
 
@@ -163,6 +167,39 @@ def test_convolutions_in_the_pipeline(tmp_path) -> None:
     assert torch.equal(again(x), fast(x))
     ignored = structc.compile(model, x, effort="none", ignore=["front"])
     assert "front" not in ignored.plan.choices
+
+
+def test_low_rank_convolutions_and_slower_ones_stay(monkeypatch) -> None:
+    from structc.passes import exact
+
+    model = Spectrogram().eval()
+    with torch.no_grad():
+        model.mix.weight.copy_((torch.randn(8, 1) @ torch.randn(1, 102)).unflatten(1, (34, 3)))
+    x = torch.randn(3, 1, 200)
+    assert set(known_of(model, x)[1]) == {"front"}
+    captured = capture(model, to_call(x))
+    for times, taken in (((1.0, 0.5), {"front"}), ((1.0, 0.95), set())):
+        monkeypatch.setattr(exact, "ahead", lambda *_, t=times: t)
+        found = recognised(captured, detect(captured), lambda *_: None, timed=True)
+        assert set(found) == taken
+
+
+class Twice(nn.Module):
+    """The weight of a convolution used with a stride of its own, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Conv1d(1, 34, 32, stride=16, bias=False)
+        self.front.weight.data.copy_(stft())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.conv1d(x, self.front.weight, stride=8)
+
+
+def test_a_weight_that_is_used_otherwise_is_left_alone() -> None:
+    sites, _ = known_of(Twice().eval(), torch.randn(2, 1, 200))
+    assert not sites.convolutions
+    assert any(r.site == "front" and r.code == "MIXED" for r in sites.refusals)
 
 
 @pytest.mark.parametrize("dims", [1, 2])

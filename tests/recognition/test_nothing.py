@@ -198,3 +198,40 @@ def test_small_matrices_never_raise(
         warnings.simplefilter("error")
         found = recognize(weight)
     assert found is None or found.residual <= found.tolerance
+
+
+def _near_misses() -> dict[str, torch.Tensor]:
+    """Matrices that a residual of the whole would call exact, though most of them is not."""
+    g = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    rows, corner, spike = noise(256, 256), noise(64, 64), noise(64, 64)
+    rows[:8] *= 8000
+    corner[0, 0], spike[0, 0] = 1e6, 1e8
+    q, p = (torch.linalg.qr(noise(256, 256))[0] for _ in range(2))
+    return {
+        "few large rows in bf16": rows.bfloat16(),
+        "one large entry in bf16": corner.bfloat16(),
+        "one large entry": spike,
+        "falling rows": noise(128, 128) * torch.logspace(0, -9, 128)[:, None],
+        "falling spectrum in bf16": ((q * (1 + torch.arange(256.0)) ** -2) @ p).bfloat16(),
+        "two by two": noise(2, 2),
+    }
+
+
+@pytest.mark.parametrize("name", _near_misses())
+def test_what_is_only_nearly_structured_is_not_recognised(name: str) -> None:
+    assert recognize(_near_misses()[name]) is None
+
+
+@pytest.mark.parametrize("n", [64, 400])
+def test_a_transform_written_with_sines_is_recognised_though_zeros_are_not_exact(n: int) -> None:
+    at = torch.arange(n, dtype=torch.float64)
+    angle = 2 * torch.pi * at[: n // 2 + 1, None] * at / n
+    basis = torch.cat([angle.cos(), -angle.sin()])
+    window = torch.hann_window(n, dtype=torch.float64)
+    for matrix in (basis, basis.float(), (basis * window).float(), basis.bfloat16()):
+        found = recognize(matrix)
+        assert found is not None and found.name == "rdft"
