@@ -223,7 +223,12 @@ class Tile:
             words = match[2].split(",") if match else []
             values = [int(w) if _WHOLE.fullmatch(w) else w for w in words]
             wanted = [f.type for f in fields(step)] if step else None
-            if "" in words or wanted != [type(v).__name__ for v in values]:
+            below = any(isinstance(v, int) and v < 0 for v in values)
+            if (
+                "" in words
+                or (below and step is not Convolve)
+                or wanted != [type(v).__name__ for v in values]
+            ):
                 raise InternalError(f"tile program {text!r}: {part!r} is no step")
             assert step is not None
             steps.append(step(*values))  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from structc.files import write_atomic
 STAGES = (
     "capture",
     "detect",
+    "recognise",
     "calibrate",
     "price",
     "fit",

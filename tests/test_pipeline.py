@@ -22,7 +22,7 @@ from zoo import ZOO, Counter, floats, ids, refusals_in, run, sequential
 import structc
 from structc import Budget, ops
 from structc.compiled import CompiledModel
-from structc.families import Dense, LowRank
+from structc.families import AbstractStructured, Dense, LowRank
 from structc.numerics import output_error, relative_error
 
 WIDTH = 192
@@ -93,7 +93,7 @@ def test_an_error_budget_holds_on_data_that_nobody_fitted(
 ) -> None:
     model, fast = approximate
     families = {c.family for c in fast.plan.choices.values()}
-    assert "low_rank" in families, "nothing was approximated: the test shows nothing"
+    assert families != {"dense"}, "nothing was approximated: the test shows nothing"
     assert isinstance(fast, Mlp) and isinstance(fast, CompiledModel)
     with torch.no_grad():
         for seed in (50, 51):
@@ -471,7 +471,7 @@ def test_compile_in_place_frees_what_it_replaces() -> None:
     model = mlp()
     old = weakref.ref(model.up.weight)
     structc.compile_(model, inputs(512), **APPROXIMATE)
-    assert isinstance(model.up, LowRank)
+    assert isinstance(model.up, AbstractStructured)
     gc.collect()
     assert old() is None
 

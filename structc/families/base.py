@@ -234,6 +234,8 @@ def ranks_for(
         multiple: ranks are rounded down to it where they are large enough.
     """
     seen: set[int] = set()
+    if per_rank < 1:
+        return
     for fraction in fractions:
         rank = int(full * fraction / per_rank)
         step = multiple if rank >= 2 * multiple else 8 if rank >= 16 else 1

@@ -54,6 +54,8 @@ class Kronecker(AbstractStructured):
     @classmethod
     def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
         n, m = in_features, out_features
+        if min(n, m) < 1:
+            return []
         n1, m1 = (max(d for d in range(1, math.isqrt(s) + 1) if s % d == 0) for s in (n, m))
         if n1 == 1 or m1 == 1:
             return []
