@@ -223,12 +223,9 @@ class Tile:
             words = match[2].split(",") if match else []
             values = [int(w) if _WHOLE.fullmatch(w) else w for w in words]
             wanted = [f.type for f in fields(step)] if step else None
-            below = any(isinstance(v, int) and v < 0 for v in values)
-            if (
-                "" in words
-                or (below and step is not Convolve)
-                or wanted != [type(v).__name__ for v in values]
-            ):
+            told = [type(v).__name__ for v in values]
+            below = any(isinstance(v, int) and v < 0 for v in values)  # a shift may be
+            if "" in words or wanted != told or (below and step is not Convolve):
                 raise InternalError(f"tile program {text!r}: {part!r} is no step")
             assert step is not None
             steps.append(step(*values))  # type: ignore[arg-type]

@@ -189,7 +189,8 @@ def proposals(
     yield Dense.name, {}
     if known is not None and forced(site, options) is None:
         yield known.name, known.hyper()
-    if options.budget.exact or site.window is not None:
+    empty = min(site.in_features, site.out_features) < 1
+    if options.budget.exact or site.window is not None or empty:
         return
     asked = forced(site, options)
     if asked is not None:
