@@ -429,19 +429,20 @@ def test_gradients(family, n, m, hyper) -> None:
     assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
 
 
-@pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("family, n, m, hyper", CASES)
-def test_form_is_known_before_fitting(family, n, m, hyper, bias, activation) -> None:
-    module = random_member(family, n, m, hyper, bias=bias)
-    form = module.form(activation)
-    assert form == family.form_of(n, m, module.hyper(), bias=bias, activation=activation)
-    assert dict(module.hyper()) == dict(hyper)
-    assert (form.in_features, form.out_features) == (n, m)
-    assert type(form).parse(str(form)) == form
-    if isinstance(form, Tile):
-        assert form.weights == len(module.factors()) + bias
-        assert form.params == sum(f.numel() for f in module.factors() if f.is_floating_point())
+def test_form_is_known_before_fitting(family, n, m, hyper) -> None:
+    for bias in (False, True):
+        module = random_member(family, n, m, hyper, bias=bias)
+        assert dict(module.hyper()) == dict(hyper)
+        numbers = sum(f.numel() for f in module.factors() if f.is_floating_point())
+        for activation in ("", *ACTIVATIONS):
+            form = module.form(activation)
+            known = family.form_of(n, m, module.hyper(), bias=bias, activation=activation)
+            assert form == known and type(form).parse(str(form)) == form
+            assert (form.in_features, form.out_features) == (n, m)
+            if isinstance(form, Tile):
+                assert form.weights == len(module.factors()) + bias
+                assert form.params == numbers
 
 
 @pytest.mark.parametrize("family, n, m, hyper", CASES)
