@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from structc.codegen.peaks import Peaks, known
-from structc.forms import SPECTRAL, Block, Form, PackedDense, Repeat, Shared, Sparse
+from structc.forms import SPECTRAL, Form, PackedDense, Pattern, Sparse
 
 CALL_MS = 0.004
 """What one operator call costs before any arithmetic."""
@@ -37,7 +37,7 @@ def _work(form: Form, rows: int) -> list[tuple[int, float]]:
     """(multiply-adds a row, share of the peak) of each factor."""
     if isinstance(form, PackedDense):
         return [(form.params, DENSE_EFFICIENCY * _fill(rows))]
-    products = [s for s in form.steps if isinstance(s, (Block, Shared, Repeat, Sparse))]
+    products = [s for s in form.steps if isinstance(s, (Pattern, Sparse))]
     others = [s.flops // 2 for s in form.steps if isinstance(s, SPECTRAL)]
     fill = _fill(rows)
     return [
@@ -46,7 +46,7 @@ def _work(form: Form, rows: int) -> list[tuple[int, float]]:
     ]
 
 
-def _share(block: Block | Shared | Repeat | Sparse) -> float:
+def _share(block: Pattern | Sparse) -> float:
     """Blocks of 64 and wider run like dense ones; thin ones lose to loads and calls."""
     thin = min(block.b, block.c)
     return DENSE_EFFICIENCY * thin / (thin + 6)

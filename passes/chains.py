@@ -21,8 +21,7 @@ from structc.forms import (
     Load,
     Mul,
     Norm,
-    Repeat,
-    Shared,
+    Pattern,
     Sparse,
     Tile,
 )
@@ -356,7 +355,7 @@ def _chain(links: list[Link], region: Region) -> Chain | None:
     steps = _steps(links, inputs)
     if steps is None or len(inputs) > SLOTS:
         return None
-    if sum(isinstance(s, (Block, Shared, Repeat, Sparse)) for s in steps) > MOST_FACTORS:
+    if sum(isinstance(s, (Pattern, Sparse)) for s in steps) > MOST_FACTORS:
         return None
     return Chain(tuple(links), Tile(steps), tuple(inputs), rows_of(links[0].x, region), dtype)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -12,12 +10,12 @@ from torch import Tensor, nn
 from structc.numerics import relative_error, tolerance
 from structc.records import Call
 from structc.spectral_steps import fast_size
+from structc.timing import interleaved
 
 SHORT = 32
 """Taps below which a direct convolution is not questioned."""
 WORTH = 0.8
 """An FFT must take less than this share of the direct time."""
-ROUNDS = 7
 FFT_FLOPS = 8.0
 """Multiply-adds of a direct convolution that take as long as one of an FFT: what is assumed where
 nothing may be timed."""
@@ -98,17 +96,10 @@ def _agree(module: nn.Conv1d, x: Tensor) -> bool:
 
 
 def _times(module: nn.Conv1d, x: Tensor) -> tuple[float, float]:
-    """Lower quartiles of rounds in turns, after one round that is not counted."""
-    spent: tuple[list[float], list[float]] = ([], [])
+    by_fft = _by_fft(module)
     with torch.inference_mode():
-        for _ in range(ROUNDS + 1):
-            runs: list[Callable[[Tensor], Tensor]] = [module, _by_fft(module)]
-            for run, times in zip(runs, spent, strict=True):
-                start = time.perf_counter()
-                run(x)
-                times.append((time.perf_counter() - start) * 1e3)
-    direct, by_fft = (statistics.quantiles(times[1:], n=4)[0] for times in spent)
-    return direct, by_fft
+        found = interleaved({"direct": lambda: module(x), "fft": lambda: by_fft(x)})
+    return found["direct"].latency_ms, found["fft"].latency_ms
 
 
 def _estimates(module: nn.Conv1d, x: Tensor) -> tuple[float, float]:

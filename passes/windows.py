@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,12 +19,12 @@ from structc.families import AbstractFamily
 from structc.passes.filters import LongFilter
 from structc.passes.linear_uses import full_name, rows_of
 from structc.records import Captured, LinearSite, NodeRef, Refusal, Region, Window
+from structc.timing import interleaved
 
 aten = torch.ops.aten
 _CONVOLUTIONS: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2}
 """Dimensions that a window moves along."""
 
-ROUNDS = 7
 Apply = Callable[..., Any]
 """Runs an operator on tensors, or adds it to a graph."""
 
@@ -181,20 +179,14 @@ def ahead(
 ) -> tuple[float, float]:
     """Milliseconds of a convolution and of its windows through the factors, in turns.
 
-    The lower quartiles of some rounds; cutting windows out counts.
+    Cutting windows out counts.
     """
     map_ = copy.deepcopy(family).to(conv.weight.dtype)
     map_.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach())
-    runs: list[Callable[[Tensor], Tensor]] = [conv, Windowed(map_, window).train(False)]
-    spent: tuple[list[float], list[float]] = ([], [])
+    windowed = Windowed(map_, window).train(False)
     with torch.inference_mode():
-        for _ in range(ROUNDS + 1):
-            for run, times in zip(runs, spent, strict=True):
-                start = time.perf_counter()
-                run(x)
-                times.append((time.perf_counter() - start) * 1e3)
-    direct, windowed = (statistics.quantiles(times[1:], n=4)[0] for times in spent)
-    return direct, windowed
+        found = interleaved({"direct": lambda: conv(x), "windows": lambda: windowed(x)})
+    return found["direct"].latency_ms, found["windows"].latency_ms
 
 
 # ---------------------------------------------------------------------------- graphs

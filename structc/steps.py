@@ -13,7 +13,30 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True)
-class Block(Written):
+class Pattern(Written):
+    """Where a factor may be other than zero: ``I_a (x) 1_{b x c} (x) I_d``."""
+
+    a: int
+    b: int
+    c: int
+    d: int
+    weights: ClassVar[int] = 1
+
+    @property
+    def in_features(self) -> int:
+        return self.a * self.c * self.d
+
+    @property
+    def out_features(self) -> int:
+        return self.a * self.b * self.d
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.a * self.b * self.c * self.d
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
     """A Kronecker-sparse factor ``I_a (x) 1_{b x c} (x) I_d``: the general block pattern.
 
     Math:    y[al, be, de] = sum_ga w[al, be, ga, de] * x[al, ga, de].
@@ -22,20 +45,7 @@ class Block(Written):
     Source:  Gonon et al. 2024, arXiv:2405.15013. A dense factor is ``a = d = 1``.
     """
 
-    a: int
-    b: int
-    c: int
-    d: int
     word: ClassVar[str] = "block"
-    weights: ClassVar[int] = 1
-
-    @property
-    def in_features(self) -> int:
-        return self.a * self.c * self.d
-
-    @property
-    def out_features(self) -> int:
-        return self.a * self.b * self.d
 
     @property
     def params(self) -> int:
@@ -43,7 +53,7 @@ class Block(Written):
 
 
 @dataclass(frozen=True)
-class Shared(Written):
+class Shared(Pattern):
     """A Kronecker factor ``I_a (x) w (x) I_d``: one block, used everywhere.
 
     Math:    y[al, be, de] = sum_ga w[be, ga] * x[al, ga, de].
@@ -52,32 +62,15 @@ class Shared(Written):
     Source:  Van Loan 2000, The ubiquitous Kronecker product.
     """
 
-    a: int
-    b: int
-    c: int
-    d: int
     word: ClassVar[str] = "shared"
-    weights: ClassVar[int] = 1
-
-    @property
-    def in_features(self) -> int:
-        return self.a * self.c * self.d
-
-    @property
-    def out_features(self) -> int:
-        return self.a * self.b * self.d
 
     @property
     def params(self) -> int:
         return self.b * self.c
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.a * self.b * self.c * self.d
-
 
 @dataclass(frozen=True)
-class Repeat(Written):
+class Repeat(Pattern):
     """``I_a (x)`` one factor: a Kronecker-sparse factor whose a blocks are one.
 
     Math:    y[al, be, de] = sum_ga w[be, ga, de] * x[al, ga, de].
@@ -86,28 +79,11 @@ class Repeat(Written):
     Source:  the tied levels of Dao et al. 2019, arXiv:1903.05895.
     """
 
-    a: int
-    b: int
-    c: int
-    d: int
     word: ClassVar[str] = "repeat"
-    weights: ClassVar[int] = 1
-
-    @property
-    def in_features(self) -> int:
-        return self.a * self.c * self.d
-
-    @property
-    def out_features(self) -> int:
-        return self.a * self.b * self.d
 
     @property
     def params(self) -> int:
         return self.b * self.c * self.d
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.a * self.b * self.c * self.d
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from structc.forms import (
     Load,
     Mul,
     Norm,
+    Pattern,
     Permute,
     Repeat,
     Select,
@@ -71,7 +72,7 @@ class Stage:
     block: Block
     out: int
     weights: tuple[int, ...] = ()
-    parts: tuple[Block | Shared | Repeat, ...] = ()
+    parts: tuple[Pattern, ...] = ()
     blocks: int = 0
     run: int = 1
     ordered: int = 0
@@ -138,7 +139,7 @@ def analyse(form: Tile, dtype: torch.dtype = torch.float32) -> Program | Refusal
 
 
 def _filled(step: Step) -> bool:
-    if isinstance(step, (Block, Shared, Repeat)):
+    if isinstance(step, Pattern):
         return min(step.a, step.b, step.c, step.d) > 0
     if isinstance(step, Sparse):
         return min(step.m, step.n) > 0
@@ -167,7 +168,7 @@ class _Reader:
     def take(self, step: Step) -> None:
         self.n = self.n or (0 if isinstance(step, Load) else step.in_features)
         match step:
-            case Block(a, b, c, d) | Shared(a, b, c, d) | Repeat(a, b, c, d):
+            case Pattern(a, b, c, d):
                 self._block(Block(a, b, c, d))
                 self.stages[-1] = replace(self.stages[-1], parts=(step,))
             case Sparse(m, n, b, c, nnz):
@@ -298,7 +299,7 @@ def _size(block: Block) -> int:
     return block.a * block.b * block.c * block.d
 
 
-def product(blocks: Sequence[Block | Shared | Repeat], weights: Sequence[Tensor]) -> Tensor:
+def product(blocks: Sequence[Pattern], weights: Sequence[Tensor]) -> Tensor:
     """The weight of consecutive factors that were merged, (a, b, c, d).
 
     >>> butterfly = [Block(2, 2, 2, 1), Block(1, 2, 2, 2)]
@@ -323,7 +324,7 @@ def product(blocks: Sequence[Block | Shared | Repeat], weights: Sequence[Tensor]
     return weight
 
 
-def full(step: Block | Shared | Repeat, weight: Tensor) -> Tensor:
+def full(step: Pattern, weight: Tensor) -> Tensor:
     """A factor's weight as (a, b, c, d), also where all blocks are one."""
     if isinstance(step, Shared):
         return weight.reshape(1, step.b, step.c, 1).expand(step.a, -1, -1, step.d)

@@ -52,9 +52,12 @@ class AbstractFamily(nn.Module, abc.ABC):
         self.register_parameter("bias", None)
 
     @classmethod
-    @abc.abstractmethod
     def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        """Hyper-parameters worth pricing for a weight of this size, most parameters first."""
+        """Hyper-parameters worth pricing for a weight of this size, most parameters first.
+
+        None for what is recognised, or asked for, but approximates no weight well.
+        """
+        return ()
 
     @classmethod
     @abc.abstractmethod

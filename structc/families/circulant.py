@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Self, final
 
 import torch
@@ -41,10 +40,6 @@ class Circulant(AbstractStructured):
     def __init__(self, taps: Tensor) -> None:
         super().__init__(len(taps), len(taps))
         self.taps = nn.Parameter(taps)
-
-    @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
 
     @classmethod
     def form_of(

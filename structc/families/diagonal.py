@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Self, final
 
 import torch
@@ -34,10 +33,6 @@ class Diagonal(AbstractStructured):
     def __init__(self, scale: Tensor) -> None:
         super().__init__(len(scale), len(scale))
         self.scale = nn.Parameter(scale)
-
-    @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
 
     @classmethod
     def form_of(

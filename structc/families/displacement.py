@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar, Self, final
 
 import torch
@@ -59,10 +59,6 @@ class Displacement(AbstractStructured):
     def __init__(self, g: Tensor, h: Tensor) -> None:
         super().__init__(g.shape[1], g.shape[1])
         self.g, self.h = nn.Parameter(g), nn.Parameter(h)
-
-    @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
 
     @classmethod
     def form_of(

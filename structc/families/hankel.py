@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Self, final
 
 import torch
@@ -34,10 +33,6 @@ class Hankel(AbstractStructured):
     def __init__(self, taps: Tensor, in_features: int) -> None:
         super().__init__(in_features, len(taps) - in_features + 1)
         self.taps = nn.Parameter(taps)
-
-    @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
 
     @classmethod
     def form_of(

@@ -62,10 +62,6 @@ class LearnedButterfly(AbstractStructured):
             self.register_buffer(f"order{at}", order)
 
     @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
-
-    @classmethod
     def form_of(
         cls, in_features: int, out_features: int, hyper: Hyper, *, bias: bool, activation: str
     ) -> Tile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Self, final
 
 import torch
@@ -39,10 +38,6 @@ class Selection(AbstractStructured):
         super().__init__(in_features, len(index))
         self.register_buffer("index", index.to(torch.int64))
         self.register_buffer("like", torch.empty(0, dtype=dtype))
-
-    @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
 
     @classmethod
     def form_of(

@@ -57,10 +57,6 @@ class Sum(AbstractStructured):
         self._text = written([part_of(p) for p in parts])
 
     @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
-
-    @classmethod
     def form_of(
         cls, in_features: int, out_features: int, hyper: Hyper, *, bias: bool, activation: str
     ) -> Tile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar, Self, final
 
 import torch
@@ -44,10 +44,6 @@ class Transform(AbstractStructured):
         super().__init__(step.in_features, step.out_features)
         self.kind, self.n = kind, n
         self.register_buffer("like", torch.empty(0, dtype=dtype))
-
-    @classmethod
-    def proposals(cls, in_features: int, out_features: int) -> Sequence[Hyper]:
-        return ()
 
     @classmethod
     def form_of(
