@@ -87,7 +87,7 @@ def verify_product(
     notes += raced.notes
     way, latency = raced.way, raced.latency
     settled = replace(settled, product=raced.product)
-    rewritten = bool(settled.product.replaced) or way != "modules"
+    rewritten = bool(settled.product.replaced or lab.captured.filters) or way != "modules"
     if rewritten and lab.budget.params is None and slower(latency):
         settled, note = _given_up(lab, table, settled, latency)
         notes.append(note)
@@ -138,6 +138,11 @@ def _roll_back(
             plan = back
         product = lab.product(plan, table, untouched)
         rounds += 1
+    if not measured.held and lab.captured.filters:
+        log.warning("long filters by FFT do not agree with the model on the data: not used")
+        lab.forget_filters()
+        product = lab.product(plan, table, untouched)
+        measured = _measure(lab, product, tolerance)
     if not measured.held and product.runners:
         log.warning("the exported graphs do not agree with the model on the data: not used")
         set_way(product, "modules")
@@ -214,6 +219,8 @@ def _given_up(
     )
     plan = dense_plan(settled.plan, table)
     untouched = frozenset(plan.choices)
+    if lab.captured.filters:
+        lab.forget_filters()
     product = lab.product(plan, table, untouched)
     set_way(product, "modules")
     dense = settled.measured.dense

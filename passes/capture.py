@@ -53,13 +53,14 @@ def capture(model: nn.Module, example: Call, *, timed: bool = False) -> Captured
     example = canonical(model, example)
     calls, rows = record_calls(tree, example)
     filters = long_filters(tree, calls, timed=timed)
-    use_filters(tree, filters)
-    region, reason = export_region(tree, "", example)
+    fast = clone_tree(tree) if filters else tree  # what products are; the tree stays the original
+    use_filters(fast, filters)
+    region, reason = export_region(fast, "", example)
     if region is not None:
         return Captured(tree, example, (region,), None, rows, (), filters)
     refusals = [Refusal("model", "capture", "EXPORT", f"the whole model does not export: {reason}")]
-    regions = list(_partial_regions(tree, calls, refusals))
-    analysis = _analysis(tree, example)
+    regions = list(_partial_regions(fast, calls, refusals))
+    analysis = _analysis(fast, example)
     return Captured(tree, example, tuple(regions), analysis, rows, tuple(refusals), filters)
 
 

@@ -14,6 +14,7 @@ from structc.families import AbstractFamily, Dense
 from structc.passes.activation import following_activation
 from structc.passes.chains import find_chains, fuse
 from structc.passes.clone import clone_tree, replace_modules
+from structc.passes.filters import use_filters
 from structc.passes.region import Runner, attributes_of, install, view_of
 from structc.passes.windows import Windowed, replace_convolution
 from structc.records import Captured, LinearSite, Region, Sites
@@ -62,6 +63,7 @@ def rewrite(
     Skips when:   a site is not in ``modules``; an activation has other readers.
     """
     tree = clone_tree(captured.tree)
+    use_filters(tree, captured.filters)
     by_name = {site.name: site for site in sites.linear}
     places: dict[str, str] = {}
     for name, module in modules.items():

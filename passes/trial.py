@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -100,6 +101,10 @@ class Lab:
         keep = {f"{s} {c.family} {sorted(c.hyper.items())}" for s, c in plan.choices.items()}
         self._modules = {k: m for k, m in self._modules.items() if k in keep}
         return rewrite(self.captured, self.sites, modules, chains)
+
+    def forget_filters(self) -> None:
+        """Let products have the user's own convolutions, and so none of the graphs without them."""
+        self.captured = replace(self.captured, regions=(), filters={})
 
     def error(self, product: Product, part: str) -> float:
         """Largest relative output error on a part of the held-out data."""

@@ -277,7 +277,6 @@ def _stages(
         chain_kernels.extend(bindings)
         return fast
 
-    notes.notes += filter_notes(captured)
     with stage("verify"):
         product, plan, verification = verify_product(
             lab,
@@ -289,6 +288,8 @@ def _stages(
             progress=options.progress,
             fast_chains=chains,
         )
+    captured = lab.captured  # without what did not hold
+    notes.notes += filter_notes(captured)
     copy_buffers(model, product.tree)  # counters and caches moved while it was measured
     dump("verify", verification)
     notes.notes += [*plan.notes, *verification.notes]

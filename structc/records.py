@@ -383,7 +383,8 @@ class Captured:
         analysis: a graph of the whole model that is only read (cache off), if regions are partial.
         leaf_rows: leaf modules that the example call reached, with the rows of their input.
         refusals: submodules that could not be exported, with the reason.
-        filters: depthwise convolutions that run by FFT in the tree, with the milliseconds of both.
+        filters: depthwise convolutions that run by FFT in products and in the graphs, with the
+            milliseconds of both; in the tree they are as they were.
     """
 
     tree: nn.Module

@@ -115,3 +115,24 @@ def test_broken_artifacts_are_refused(tmp_path) -> None:
     file.write_text(json.dumps(manifest))
     with pytest.raises(structc.ArtifactCorrupt):
         structc.load(tmp_path / "out", Mixer())
+
+
+def test_wrong_filters_do_not_survive_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References are those of the user's own layers, and what fails is taken back."""
+    from structc import filters as operator
+    from structc.passes import filters
+
+    model, x = Mixer().eval(), torch.randn(2, 4, 2048)
+    monkeypatch.setattr(filters, "_agree", lambda *_: True)
+    wrong = lambda *a: filter_reference(*a).roll(1, -1)  # noqa: E731
+    monkeypatch.setattr(operator, "filter_reference", wrong)
+    fast = structc.compile(model, x, effort="none")
+    assert type(fast.long) is nn.Conv1d
+    assert relative_error(fast(x), model(x)) < 1e-5
+    notes = fast.report.to_dict()["notes"]
+    assert not any("run by FFT" in note for note in notes)
+
+
+def test_the_baseline_is_the_model_with_its_own_convolutions() -> None:
+    captured = capture(Mixer().eval(), to_call(torch.randn(2, 4, 2048)))
+    assert set(captured.filters) == {"long"} and type(captured.tree.long) is nn.Conv1d
