@@ -69,8 +69,8 @@ def fit_candidates(
     candidates = []
     for family, hyper, price in proposals:
         key = _key(family, hyper)
-        if family == Dense.name or objective.is_known(family, hyper):
-            errors[key] = 0.0  # but for rounding
+        if family == Dense.name:
+            errors[key] = 0.0
         if key not in errors:
             module = objective.fit(family, hyper)
             if isinstance(module, Refusal):
@@ -81,7 +81,16 @@ def fit_candidates(
             site.in_features, site.out_features, hyper, bias=False, activation=""
         )
         candidates.append(
-            Candidate(site.name, family, hyper, form.params, form.flops, errors[key], price)
+            Candidate(
+                site.name,
+                family,
+                hyper,
+                form.params,
+                form.flops,
+                errors[key],
+                price,
+                exact=family == Dense.name or objective.is_known(family, hyper),
+            )
         )
     work.put(f"errors-{site.name}", errors)
     return candidates, refusals

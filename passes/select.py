@@ -122,7 +122,7 @@ def dense_of(candidates: Sequence[Candidate]) -> Candidate:
 
 def squared_error(candidate: Candidate, sensitivity: Mapping[str, float]) -> float:
     """What a candidate adds to a plan's predicted squared error; infinite if it is not finite."""
-    if candidate.family == Dense.name:
+    if candidate.exact:
         return 0.0
     square = (sensitivity.get(candidate.site, 1.0) * candidate.error) ** 2
     return square if math.isfinite(square) else math.inf

@@ -200,7 +200,7 @@ def inspect(
             sites, known = known_structures(captured, sites, options, notes)
         with notes.stage("price"):
             prices = price(sites, options, notes, known)
-        table = {s.name: priced_only(s, prices, options, notes) for s in sites.linear}
+        table = {s.name: priced_only(s, prices, known.get(s.name)) for s in sites.linear}
         return _report(model, sites, {}, None, table, None, None, options, notes)
 
 

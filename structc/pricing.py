@@ -158,14 +158,27 @@ def _outrun(
     return None
 
 
-def priced_only(site: LinearSite, prices: Prices, options: Options, notes: Log) -> list[Candidate]:
-    """Candidates without errors, for ``inspect``."""
+def priced_only(
+    site: LinearSite, prices: Prices, known: AbstractFamily | None
+) -> list[Candidate]:
+    """Candidates without errors, for ``inspect``; what the weight is exactly is known to be so."""
+    held = None if known is None else (known.name, dict(known.hyper()))
     out = []
     for (name, family, hyper), (request, price) in prices.items():
         if name == site.name:
-            error = 0.0 if family == Dense.name else float("nan")
-            form = request.form
-            out.append(Candidate(name, family, dict(hyper), form.params, form.flops, error, price))
+            error, form = 0.0 if family == Dense.name else float("nan"), request.form
+            out.append(
+                Candidate(
+                    name,
+                    family,
+                    dict(hyper),
+                    form.params,
+                    form.flops,
+                    error,
+                    price,
+                    exact=family == Dense.name or (family, dict(hyper)) == held,
+                )
+            )
     return out
 
 

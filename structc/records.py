@@ -256,6 +256,7 @@ class Candidate:
         error: relative output error under the calibration Gram, each direction weighted by what
             the model's output feels of it where that is known.
         price: its latency at the site's rows.
+        exact: the weight is of this class: the error is rounding, of which no budget speaks.
     """
 
     site: str
@@ -265,6 +266,7 @@ class Candidate:
     flops: int
     error: float
     price: Price
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -320,11 +322,12 @@ class Plan:
         Args:
             site: its name, or the start of several names.
         """
-        found = [s for s in self.choices if s == site or s.startswith(f"{site}.")]
+        every = list(dict.fromkeys([*self.choices, *self.words]))
+        found = [s for s in every if s == site or s.startswith(f"{site}.")]
         if not found:
             from structc.names import no_match
 
-            raise no_match("site", site, self.choices)
+            raise no_match("site", site, every)
         return "\n".join(self.words.get(s) or f"{s}: {self.choices[s].family}" for s in found)
 
 

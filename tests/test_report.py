@@ -513,7 +513,10 @@ def test_a_dense_layer_left_to_the_model_names_who_runs_it(runner: str, kernel: 
 def test_a_paragraph_for_every_site() -> None:
     report = build()
     said = report.explanations()
-    assert list(said) == [s["name"] for s in report.data["sites"]]
+    names = [s["name"] for s in report.data["sites"]]
+    refused = [r["site"] for r in report.data["refusals"] if r["site"] not in ("", *names)]
+    assert list(said) == [*names, *dict.fromkeys(refused)]
+    assert refused and all("stays as it is\n  refused" in said[name] for name in refused)
     for site in report.data["sites"]:
         assert ("\n  cost " in said[site["name"]]) == site["rewritten"]
         assert all(r["reason"][:30] in said[site["name"]] for r in site["refusals"][:1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structc.families.base import AbstractStructured, ranks_for, with_epilogue
 from structc.families.fits import analytic, refuse_grid, refuse_rank, simulated
 from structc.families.low_rank import LowRank
-from structc.families.solves import damped_solve
+from structc.families.solves import Factors, damped_solve, descend
 from structc.forms import Block, Tile
 from structc.records import Hyper, Refusal
 
@@ -22,8 +22,8 @@ FRACTIONS = (0.5, 0.35)
 SWEEPS = 30
 LEAST, WORK = 2, 2 * 10**12
 """Sweeps and products of a fit: only matrices above 2048 x 2048 get fewer sweeps than the rest."""
-PROGRESS = 3e-3
-"""A fit stops when a sweep lowers the squared error by less than this share."""
+HELD = 1 << 22
+"""Elements of what a fit keeps of its products; more are made again when they are needed."""
 SAMPLED = 192
 SMALL = 4096
 """Elements up to which the unweighted fit is tried too: near an exact fit, which small matrices
@@ -33,11 +33,6 @@ JOINT = 256
 
 Together needs a few sweeps less, which above this size costs more than it gains.
 """
-
-
-Factors = tuple[Tensor, Tensor, Tensor]
-"""V, s and U."""
-
 
 @final
 class Blast(AbstractStructured):
@@ -123,7 +118,8 @@ class Blast(AbstractStructured):
         u = start.u.data.reshape(blocks, -1, rank)
         factors = v, v.new_ones(blocks, blocks, rank), u
         sweeps = _Plain(weight, blocks) if gram is None else _Weighted(weight, gram, blocks)
-        made = cls(*_levelled(*_descend(sweeps, factors)))
+        most = _most(*reversed(weight.shape), blocks, rank)
+        made = cls(*_levelled(*descend(sweeps, factors, most)))
         if gram is None or weight.numel() > SMALL:
             return made
         plain = cls.fit(weight, blocks=blocks, rank=rank)
@@ -174,7 +170,7 @@ class _Plain:
         """The squared error of these factors, from which the next sweep starts."""
         self.factors = factors
         v, s, u = factors
-        self.wv = self.w @ v.mT  # (j, k, l, r)
+        self.wv = torch.stack([row @ v.mT for row in self.w])  # (j, k, l, r)
         self.vv = v @ v.mT  # (k, r, r)
         self.uu = u.mT @ u
         self.wanted = torch.einsum("jlr,jklr->jkr", u, self.wv)
@@ -187,31 +183,41 @@ class _Plain:
         v, s, u = self.factors
         gaps = (self.wanted - self.now)[..., None]
         steps = [damped_solve(uu * self.vv, gap) for uu, gap in zip(self.uu, gaps, strict=True)]
-        s = s + torch.stack(steps)[..., 0]
-        system = torch.einsum("jkr,krs,jks->jrs", s, self.vv, s)
-        pull = torch.einsum("jklr,jkr->jlr", self.wv, s) - u @ system
-        u = u + damped_solve(system, pull.mT).mT
-        system = torch.einsum("jkr,jrs,jks->krs", s, u.mT @ u, s)
-        pull = -(system @ v)
-        for row, w, left in zip(s, self.w, u.mT, strict=True):
-            pull += (left @ w) * row[..., None]
-        return v + damped_solve(system, pull), s, u
+        s, u = s + torch.stack(steps)[..., 0], u.clone()
+        for a, row in enumerate(s):
+            system = _summed(self.vv, row)
+            pull = (self.wv[a] * row[:, None]).sum(0) - u[a] @ system
+            u[a] += damped_solve(system, pull.mT).mT
+        uu, v = u.mT @ u, v.clone()
+        for b, column in enumerate(s.unbind(1)):
+            system = _summed(uu, column)
+            pull = -(system @ v[b])
+            for a, row in enumerate(column):
+                pull += (u[a].mT @ self.w[a, b]) * row[:, None]
+            v[b] += damped_solve(system, pull)
+        return v, s, u
+
+
+def _summed(matrices: Tensor, scales: Tensor) -> Tensor:
+    """``sum_k diag(s_k) M_k diag(s_k)``, one matrix after the other."""
+    found = torch.zeros_like(matrices[0])
+    for matrix, scale in zip(matrices, scales, strict=True):
+        found += matrix * scale * scale[:, None]
+    return found
 
 
 class _Weighted:
     """Sweeps in the metric of a Gram matrix, which couples the blocks of columns.
 
-    Attributes:
-        wc: W C by blocks of columns, ``(k, m, i)``.
-        wv: of all blocks (W C)_ab V_b^T, ``(k, j, l, r)``.
-        inner: V_b C_bc V_c^T of all pairs of column blocks, ``(k, r, k, r)``.
+    ``V_b C_bc V_c^T`` of all pairs of blocks and ``(W C)_ab V_b^T`` take a few times the memory of
+    the weight: they are kept while small, else made again, a block at a time.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, blocks: int) -> None:
         product, i = weight @ gram, len(gram) // blocks
         self.blocks, self.gram = blocks, gram
         self.total = float((product * weight).sum())
-        self.wc = product.reshape(-1, blocks, i).transpose(0, 1)
+        self.wc = product.reshape(blocks, -1, blocks, i).transpose(1, 2)  # (j, k, l, i)
         corner = gram.reshape(blocks, i, blocks, i)
         self.metrics = corner[range(blocks), :, range(blocks)]
 
@@ -219,78 +225,92 @@ class _Weighted:
         """The squared error of these factors, from which the next sweep starts."""
         self.factors = factors
         v, s, u = factors
-        k, r, i = v.shape
-        self.wv = (self.wc @ v.mT).unflatten(1, (k, -1))
-        self.inner = v.new_empty(k, r, k, r)
-        for b in range(k):
-            row = (v[b] @ self.gram[b * i : b * i + i]).unflatten(1, (k, i)).transpose(0, 1)
-            self.inner[b] = (row @ v.mT).transpose(0, 1)
-        left = self.total
-        for a in range(k):
-            pull = (self.wv[:, a] * s[a][:, None]).sum(0)
-            left += float(((u[a] @ self._scaled(s[a]) - 2 * pull) * u[a]).sum())
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        left, systems = self.total, self._systems(s)
+        for a in range(self.blocks):
+            pull = (self._pulls(a) * s[a][:, None]).sum(0)
+            left += float(((u[a] @ systems[a] - 2 * pull) * u[a]).sum())
         return left
 
     def sweep(self) -> Factors:
         """One exact step for each row of couplings, each U_a and each V_b."""
         v, s, u = (f.clone() for f in self.factors)
-        for a in range(self.blocks):
-            self._couplings(s[a], u[a].mT @ u[a], (u[a] * self.wv[:, a]).sum(1))
-            system = self._scaled(s[a])
-            pull = (self.wv[:, a] * s[a][:, None]).sum(0) - u[a] @ system
+        self._couplings(s, u)
+        for a, system in enumerate(self._systems(s)):
+            pull = (self._pulls(a) * s[a][:, None]).sum(0) - u[a] @ system
             u[a] += damped_solve(system, pull.mT).mT
+        uu = u.mT @ u
         for b in range(self.blocks):
-            self._columns(b, v, s, u)
+            self._columns(b, v, s, u, uu)
         return v, s, u
 
-    def _scaled(self, s: Tensor) -> Tensor:
-        """``sum_bc diag(s_b) V_b C_bc V_c^T diag(s_c)``, (r, r)."""
-        left = [s[b][:, None] * (self.inner[b] * s).sum(1) for b in range(len(s))]
-        return torch.stack(left).sum(0)
+    def _inner(self, b: int) -> Tensor:
+        """``V_b C_bc V_c^T`` of all c, (r, k, r)."""
+        if ("inner", b) in self.kept:
+            return self.kept["inner", b]
+        v = self.factors[0]
+        k, r, i = v.shape
+        row = (v[b] @ self.gram[b * i : b * i + i]).unflatten(1, (k, i)).transpose(0, 1)
+        made = (row @ v.mT).transpose(0, 1).contiguous()
+        if (k * r) ** 2 <= HELD:
+            self.kept["inner", b] = made
+        return made
 
-    def _couplings(self, s: Tensor, uu: Tensor, wanted: Tensor) -> None:
-        """s_a (k, r) for fixed U and V: jointly, or block after block where that is too large."""
-        k, r = s.shape
+    def _pulls(self, a: int) -> Tensor:
+        """``(W C)_ab V_b^T`` of all b, (k, l, r)."""
+        if ("pulls", a) in self.kept:
+            return self.kept["pulls", a]
+        v = self.factors[0]
+        made = self.wc[a] @ v.mT
+        if made.numel() * self.blocks <= HELD:
+            self.kept["pulls", a] = made
+        return made
+
+    def _systems(self, s: Tensor) -> Tensor:
+        """``sum_bc diag(s_ab) V_b C_bc V_c^T diag(s_ac)`` of all a, (j, r, r)."""
+        found = s.new_zeros(len(s), s.shape[2], s.shape[2])
+        for b in range(self.blocks):
+            inner = self._inner(b)
+            for a, row in enumerate(s):
+                found[a] += row[b][:, None] * (inner * row).sum(1)
+        return found
+
+    def _couplings(self, s: Tensor, u: Tensor) -> None:
+        """s (j, k, r) for fixed U and V: rows jointly, or block by block where that is large."""
+        k, r = s.shape[1:]
+        uus = u.mT @ u
+        wanted = torch.stack([(u[a] * self._pulls(a)).sum(1) for a in range(k)])
         if k * r <= JOINT:
-            system = (self.inner * uu[:, None]).reshape(k * r, k * r)
-            pull = wanted.reshape(-1, 1) - system @ s.reshape(-1, 1)
-            s += damped_solve(system, pull).reshape(k, r)
+            inner = torch.stack([self._inner(b) for b in range(k)])  # (k, r, k, r)
+            for row, uu, want in zip(s, uus, wanted, strict=True):
+                system = (inner * uu[:, None]).reshape(k * r, k * r)
+                pull = want.reshape(-1, 1) - system @ row.reshape(-1, 1)
+                row += damped_solve(system, pull).reshape(k, r)
             return
-        for b in range(k):
-            now = (uu * (self.inner[b] * s).sum(1)).sum(1)
-            s[b] += damped_solve(self.inner[b, :, b] * uu, (wanted[b] - now)[:, None])[:, 0]
+        for b in range(k):  # rows do not see each other
+            inner = self._inner(b)
+            for row, uu, want in zip(s, uus, wanted, strict=True):
+                gap = want[b] - (uu * (inner * row).sum(1)).sum(1)
+                row[b] += damped_solve(inner[:, b] * uu, gap[:, None])[:, 0]
 
-    def _columns(self, b: int, v: Tensor, s: Tensor, u: Tensor) -> None:
+    def _columns(self, b: int, v: Tensor, s: Tensor, u: Tensor, uu: Tensor) -> None:
         """V_b for fixed others; its system is a Kronecker product, so two small solves do."""
-        i, uu = v.shape[2], u.mT @ u
-        mixed = torch.einsum("jr,jrt,jkt->krt", s[:, b], uu, s)  # F_b^T F_c of all c
-        theirs = (mixed @ v).transpose(0, 1).flatten(1)  # (r, n)
-        wanted = (u * s[:, b, None]).flatten(0, 1).mT @ self.wc[b]
+        i, scaled = v.shape[2], uu * s[:, b, :, None]
+        theirs = v.new_zeros(v.shape[1], len(self.gram))
+        for c in range(self.blocks):  # F_b^T F_c with F_b the columns of U that see block b
+            mixed = (scaled * s[:, c, None]).sum(0)
+            theirs[:, c * i : c * i + i] = mixed @ v[c]
+            if c == b:
+                own = mixed
+        wanted = sum((u[a] * s[a, b]).mT @ self.wc[a, b] for a in range(self.blocks))
         pull = wanted - theirs @ self.gram[:, b * i : b * i + i]
-        v[b] += damped_solve(mixed[b], damped_solve(self.metrics[b], pull.mT).mT)
+        v[b] += damped_solve(own, damped_solve(self.metrics[b], pull.mT).mT)
 
 
-def _descend(sweeps: _Plain | _Weighted, start: Factors) -> Factors:
-    """Sweeps until the error settles, each from a point beyond the last one if that is better.
-
-    Alternating steps creep along valleys in a direction that hardly changes. Going on in it costs
-    nothing, since a sweep begins with what tells the error of its starting point; where that is
-    not below the last one's, the sweep starts from where the steps ended.
-    """
-    x, before, error, run = start, start, math.inf, 0
-    k, r, i = start[0].shape
-    m, n = start[2].shape[0] * start[2].shape[1], k * i
-    once = 2 * (3 * m * n * r + 4 * n * k * r * r + 3 * n * n * r)
-    for _ in range(min(SWEEPS, max(LEAST, WORK // once))):
-        pace = run / (run + 3)
-        ahead = tuple(f + pace * (f - g) for f, g in zip(x, before, strict=True))
-        now = sweeps.at((ahead[0], ahead[1], ahead[2])) if run else math.inf
-        if now >= error or not run:
-            run, now = 0, sweeps.at(x)
-        if now > error * (1 - PROGRESS):
-            return x
-        before, x, error, run = x, sweeps.sweep(), now, run + 1
-    return x
+def _most(n: int, m: int, blocks: int, rank: int) -> int:
+    """How many sweeps a fit of this size may take."""
+    once = 2 * (3 * m * n * rank + 4 * n * blocks * rank**2 + 3 * n * n * rank)
+    return min(SWEEPS, max(LEAST, WORK // once))
 
 
 def _gaussian(n: int, m: int, blocks: int, rank: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Self, final
 
 import torch
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from structc.families.base import AbstractStructured, with_epilogue
 from structc.families.fits import analytic, gaussian_tail, refuse_rank, simulated
+from structc.families.solves import conjugate, damped_inverse
 from structc.forms import Block, Tile
 from structc.records import Hyper, Refusal
 
 LEVELS = 3
 FRACTIONS = (0.5, 0.35)
-SWEEPS, LARGE = 2, 2048
-"""Sweeps of a refinement; none above LARGE x LARGE, where one takes minutes."""
+SWEEPS, FEW, LARGE = 4, 2, 2048
+"""Sweeps of a refinement; fewer above LARGE x LARGE."""
 TURNS = 4
 """Conjugate-gradient steps for one factor; each lowers the error."""
+SLAB = 1 << 22
+"""Elements of the largest product that these steps hold."""
 PROGRESS = 3e-3
 SAMPLED = 1 << 15
 
@@ -115,7 +118,7 @@ class Butterfly(AbstractStructured):
         assert not isinstance(patterns, str)
         chain = _split_all(weight, patterns, rank)
         if gram is not None:
-            chain = _refine(weight, gram, chain)
+            chain = _refine(weight, gram, chain, rank)
         made = cls(_levelled(chain), rank)
         made.bound = _bound(weight, levels, rank)
         return made
@@ -206,11 +209,6 @@ def _times(factor: Tensor, x: Tensor) -> Tensor:
     return y.reshape(-1, x.shape[1])
 
 
-def _turned(factor: Tensor) -> Tensor:
-    """The values of T^T."""
-    return factor.transpose(1, 2)
-
-
 def _product(chain: Sequence[Tensor], x: Tensor) -> Tensor:
     for factor in reversed(chain):
         x = _times(factor, x)
@@ -261,61 +259,110 @@ def _bound(weight: Tensor, levels: int, rank: int) -> float:
     return math.sqrt(lost / total) if total > 0 else 0.0
 
 
-def _refine(weight: Tensor, gram: Tensor, chain: list[Tensor]) -> list[Tensor]:
+def _refine(weight: Tensor, gram: Tensor, chain: Sequence[Tensor], rank: int) -> list[Tensor]:
     """Sweeps of least squares in one factor at a time, from the right, in the metric of the Gram.
 
-    With M = L T R, the error is quadratic in T: with V = W C R^T and X = R C R^T, its steepest
-    descent is L^T (V - L T X) on T's support. Conjugate gradients need no system in full.
+    With M = L T R and T of support I_a (x) 1_{b x c} (x) I_d, the d slices of T write to rows of
+    their own. So do the j of b = r j: all of them are problems of their own, in a * r * c unknowns.
     """
     chain, product = list(chain), weight @ gram
     total, error = float((product * weight).sum()), math.inf
-    for _ in range(SWEEPS if weight.numel() <= LARGE**2 else 0):
-        x, v = gram, product
+    outer = [1, *[rank] * (len(chain) - 1), 1]
+    for _ in range(SWEEPS if weight.numel() <= LARGE**2 else FEW):
+        lefts = [weight.new_ones(1, 1, 1, len(weight))]
+        for s, factor in enumerate(chain[:-1]):
+            lefts.append(_wider(lefts[s], _parted(factor, outer[s], outer[s + 1])))
+        right, now = weight.new_ones(len(gram), 1, 1, 1), 0.0
         for s in reversed(range(len(chain))):
-            chain[s] = _least(chain[:s], chain[s], v, x)
+            part = _parted(chain[s], outer[s], outer[s + 1])
+            now = _least(part, lefts[s], right, product, gram)
+            chain[s] = part.reshape(chain[s].shape)
             if s:  # this factor now belongs to R
-                x = _times(chain[s], _times(chain[s], x).mT)
-                v = _times(chain[s], v.mT).mT
-        y = _times(chain[0], x)
-        now = total + float(((y - 2 * v) * _times(chain[0], torch.eye(len(x)).to(x))).sum())
-        if now > error * (1 - PROGRESS):
+                right = _longer(part, right)
+        if total + now > error * (1 - PROGRESS):
             break
-        error = now
+        error = total + now
     return chain
 
 
-def _least(left: Sequence[Tensor], start: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """The factor that conjugate gradients reach from ``start``."""
-    a, b, c, d = start.shape
+def _parted(factor: Tensor, before: int, after: int) -> Tensor:
+    """A factor (a, r*j, k*q, d) with the ranks at both of its cuts apart: (a, r, j, k, q, d)."""
+    a, b, c, d = factor.shape
+    return factor.clone().reshape(a, before, b // before, c // after, after, d)
 
-    def pulled(y: Tensor) -> Tensor:
-        """L^T Y on the support of the factor."""
-        for factor in left:
-            y = _times(_turned(factor), y)
-        return torch.einsum("abdacd->abcd", y.reshape(a, b, d, a, c, d))
+
+def _wider(left: Tensor, part: Tensor) -> Tensor:
+    """L T: from values (J, a, r, j*d) to (J*j, a*k, q, d)."""
+    _, _, j, k, q, d = part.shape
+    made = torch.einsum("xarjd,arjkqd->xjakqd", left.unflatten(3, (j, d)), part)
+    return made.reshape(len(left) * j, -1, q, d)
+
+
+def _longer(part: Tensor, right: Tensor) -> Tensor:
+    """T R: from values (a*k, q, d, K) to (a, r, j*d, k*K)."""
+    a, r, j, k, _, d = part.shape
+    made = torch.einsum("arjkqd,akqdy->arjdky", part, right.unflatten(0, (a, k)))
+    return made.reshape(a, r, j * d, -1)
+
+
+def _least(part: Tensor, left: Tensor, right: Tensor, product: Tensor, gram: Tensor) -> float:
+    """Move a factor towards the least error for given others; what the error loses by it.
+
+    Args:
+        part: T (a, r, j, k, q, d), changed in place.
+        left: L (J, a, r, j*d), of rows J*j*d.
+        right: R (a*k, q, d, K), of columns a*k*K.
+        product: W C.
+    """
+    a, r, j, k, q, d = part.shape
+    left, product = left.unflatten(3, (j, d)), product.view(len(left), j, d, a, k, -1)
+    lost = 0.0
+    for at in range(d):
+        across = right[:, :, at]  # (a*k, q, K)
+        rows, pulled = left[..., at], product[:, :, at]
+        pulled = torch.einsum("xjaky,akqy->xjakq", pulled, across.unflatten(0, (a, k)))
+        wanted = torch.einsum("xarj,xjakq->jarkq", rows, pulled).flatten(3)
+        inner = torch.einsum("xarj,xbsj->jarbs", rows, rows).flatten(3)
+        start = part[..., at].permute(2, 0, 1, 3, 4).flatten(3)
+        found, drop = _slices(inner, _metric(across, gram, a), wanted, start)
+        part[..., at] = found.unflatten(3, (k, q)).permute(1, 2, 0, 3, 4)
+        lost += drop
+    return lost
+
+
+def _metric(across: Tensor, gram: Tensor, a: int) -> Tensor:
+    """R C R^T for R (A, q, K) of support ``I_A (x) 1``, as (a, c, a*c)."""
+    columns, q, size = across.shape
+    half = (across @ gram.view(columns, size, -1)).view(columns * q, columns, size)
+    whole = (half.transpose(0, 1) @ across.mT).transpose(0, 1)
+    return whole.reshape(a, -1, columns * q)
+
+
+def _slices(inner: Tensor, metric: Tensor, wanted: Tensor, t: Tensor) -> tuple[Tensor, float]:
+    """Conjugate gradients for a batch of slices, and the sum of ``t S t - 2 t wanted``.
+
+    Args:
+        inner: G (j, a, r, a*r).
+        metric: X (a, c, a*c).
+        wanted: B (j, a, r, c).
+        t: the start; ``S t = sum_be G[:, a, :, b] t[:, b] X[b, :, a]`` is what should become B.
+    """
+    j, a, r, c = t.shape
+    some = max(1, SLAB // t.numel())
 
     def image(t: Tensor) -> Tensor:
-        return _product([*left, t], x)
+        stacked, made = t.transpose(0, 1).reshape(a, j * r, c), torch.empty_like(t)
+        for first in range(0, a, some):
+            now = slice(first, first + some)
+            y = stacked @ metric.view(a, c, a, c)[:, :, now].flatten(2)
+            y = y.view(a, j, r, -1, c).permute(1, 3, 0, 2, 4).flatten(2, 3)
+            made[:, now] = inner[:, now] @ y
+        return made
 
-    return _conjugate(lambda t: pulled(image(t)), pulled(v), start)
-
-
-def _conjugate(system: Callable[[Tensor], Tensor], wanted: Tensor, start: Tensor) -> Tensor:
-    """Some steps of conjugate gradients towards ``system(t) = wanted``."""
-    t = start.clone()
-    residual = wanted - system(t)
-    direction, size = residual, float(residual.square().sum())
-    goal = 1e-26 * float(wanted.square().sum())
-    for _ in range(TURNS):
-        if size <= goal:
-            break
-        image = system(direction)
-        slope = float((direction * image).sum())
-        if slope <= 0:
-            break
-        step = size / slope
-        t += step * direction
-        residual = residual - step * image
-        size, before = float(residual.square().sum()), size
-        direction = residual + (size / before) * direction
-    return t
+    each = range(a)
+    by_rank = damped_inverse(inner.view(j, a, r, a, r)[:, each, :, each].transpose(0, 1))
+    by_column = damped_inverse(metric.view(a, c, a, c)[each, :, each])
+    t, residual = conjugate(
+        image, lambda x: by_rank @ x @ by_column, t, wanted - image(t), (1, 2, 3), TURNS
+    )
+    return t, -float((t * (wanted + residual)).sum())

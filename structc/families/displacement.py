@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, Self, final
 
 import torch
@@ -13,13 +12,14 @@ from structc.families.base import AbstractStructured, balanced, with_epilogue
 from structc.families.circulant import wrapped_sums
 from structc.families.diagonal import refuse_rectangular
 from structc.families.fits import analytic, refuse_rank, simulated
+from structc.families.solves import conjugate
 from structc.families.toeplitz import diagonal_sums
 from structc.forms import Displace, Tile
 from structc.records import Hyper, Refusal
 
-SWEEPS, PROGRESS = 12, 1e-3
+SWEEPS, PROGRESS = 12, 3e-3
 SAMPLED = 128
-STEPS = 6
+STEPS = 4
 """Of conjugate gradients for H in a sweep, where data weigh the columns."""
 WORK = 2.0e9
 """Sweeps times rank^2 times n^2 that a fit spends at most; one sweep it always makes."""
@@ -285,25 +285,10 @@ def _descended_h(w: Tensor, c: Tensor, g: Tensor, h: Tensor) -> Tensor:
         """The normal operator: H to the gradient of its matrix's squared norm in C."""
         return _pulled(g, _matrix(g, step) @ c)
 
-    return _conjugate_gradients(apply, _pulled(g, (w - _matrix(g, h)) @ c), h)
+    residual = _pulled(g, (w - _matrix(g, h)) @ c)
+    return conjugate(apply, lambda step: step, h, residual, (0, 1), STEPS)[0]
 
 
 def _pulled(g: Tensor, gap: Tensor) -> Tensor:
     """``t -> <K(Z_1, g_q) (Z_-1^t)^T, gap>`` for each q."""
     return torch.stack([_skew_sums(times(gap.mT, turned_back(row, 1), 1)) for row in g])
-
-
-def _conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], residual: Tensor, start: Tensor
-) -> Tensor:
-    found, step, size = start, residual, float((residual * residual).sum())
-    for _ in range(STEPS):
-        through = apply(step)
-        curve = float((step * through).sum())
-        if not curve > 0 or not size > 0:
-            break
-        found = found + (size / curve) * step
-        residual = residual - (size / curve) * through
-        new = float((residual * residual).sum())
-        step, size = residual + (new / size) * step, new
-    return found

@@ -25,6 +25,8 @@ Fit = TypeVar("Fit", bound=Callable[..., Any])
 
 LARGEST, SMALLEST = 1e100, 1e-100
 """Beyond these the squares of weights leave the range of float64."""
+SLACK = 1e-3
+"""Of the largest diagonal entry: what rounding, of narrow sums too, may do to a Gram matrix."""
 SAMPLES = 8
 SIDE = 128
 """Gaussian spectra are sampled at matrices of this short side: larger ones have the same shape."""
@@ -126,7 +128,23 @@ def _refuse_gram(family: str, gram: Tensor, n: int) -> Refusal | None:
         return refuse("GRAM_DTYPE", f"a Gram matrix of {gram.dtype} is not E[x x^T] of real inputs")
     if not bool(torch.isfinite(gram).all()):
         return refuse("GRAM_NONFINITE", "the calibration Gram matrix is not finite")
+    if n and (reason := _no_gram(gram.detach().double())):
+        return refuse("NOT_A_GRAM", f"this is no E[x x^T]: {reason}")
     return None
+
+
+def _no_gram(c: Tensor) -> str:
+    """What tells at a look that a matrix is no Gram matrix, or nothing."""
+    diagonal = c.diagonal()
+    level = SLACK * float(diagonal.abs().max())
+    if float(diagonal.min()) < -level:
+        return f"its diagonal goes down to {float(diagonal.min()):.2g}"
+    if float((c - c.mT).abs_().max()) > level:
+        return "it is not symmetric"
+    root = diagonal.clamp_min(0).sqrt()
+    if float(c.abs().sub_(root[:, None] * root).max()) > level:
+        return "an entry is larger than the two of the diagonal allow"
+    return ""
 
 
 def _scaled(gram: Tensor | None) -> Tensor | None:

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from structc.families.base import AbstractStructured, balanced, with_epilogue
 from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
 from structc.families.low_rank import LowRank
-from structc.families.solves import damped_solve
+from structc.families.solves import RIDGE, Factors, conjugate, damped_inverse, descend
 from structc.forms import Shared, Tile
 from structc.records import Hyper, Refusal
 
 FRACTIONS = (0.5, 0.25)
 """Of the dense products: the factors are small, but each is used many times."""
-SWEEPS, FEW, LARGE = 8, 4, 2048
+SWEEPS, FEW, LARGE = 10, 3, 2048
 """Sweeps of a fit; fewer above LARGE x LARGE."""
-PROGRESS = 3e-3
-JOINT = 1024
-"""Unknowns a row that are solved for together: a step takes so many terms at a time."""
+TURNS = 4
+"""Conjugate-gradient steps of a half-sweep; each lowers the error."""
 
 
 @final
@@ -116,7 +115,10 @@ class Kronecker(AbstractStructured):
         a = start.u.data.mT.reshape(terms, out_outer, in_outer)
         b = start.v.data.reshape(terms, m2, n2)
         if gram is not None:
-            a, b = _descend(weight, gram, a, b)
+            sweeps = _Weighted(weight, gram, out_outer, in_outer)
+            starts = (a, b), _whitened(weight, sweeps.metrics, a, b)
+            most = SWEEPS if weight.numel() <= LARGE**2 else FEW
+            a, b = descend(sweeps, min(starts, key=sweeps.at), most)
             left, right = balanced(a.reshape(terms, -1).mT, b.reshape(terms, -1))
             a, b = left.mT.reshape(a.shape), right.reshape(b.shape)
         return cls(a, b)
@@ -150,41 +152,79 @@ def _turned(w: Tensor, down: int, right: int) -> Tensor:
     return w.reshape(down, m // down, right, n // right).permute(1, 0, 3, 2).reshape(m, n)
 
 
-def _descend(weight: Tensor, gram: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Half-sweeps over A and over B until the error settles."""
-    m1, n1 = a.shape[1:]
-    turned = _turned(weight, m1, n1), _turned(gram, n1, n1)
-    error = math.inf
-    for _ in range(SWEEPS if weight.numel() <= LARGE**2 else FEW):
-        a, _ = _half(weight, gram, a, b)
-        b, now = _half(*turned, b, a)
-        if now > error * (1 - PROGRESS):
-            break
-        error = now
-    return a, b
+class _Weighted:
+    """Half-sweeps over A and over B in the metric of a Gram.
+
+    Attributes:
+        metrics: C1 and C2 of ``C ~ C1 (x) C2``, partial traces. (The nearest product follows the
+            few largest eigenvectors and leaves systems a thousand times worse conditioned.)
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, m1: int, n1: int) -> None:
+        parts = gram.reshape(n1, len(gram) // n1, n1, -1)
+        first = torch.einsum("xyuy->xu", parts)
+        self.weight, self.gram = weight, gram
+        self.metrics = first, torch.einsum("xyxv->yv", parts) / first.trace()
+        self.turned = _turned(weight, m1, n1), _turned(gram, n1, n1)
+
+    def at(self, factors: Factors) -> float:
+        """The squared error of these factors, from which the next sweep starts."""
+        self.factors, gap = factors, self.weight - _dense(*factors)
+        self.product = gap @ self.gram
+        return float((self.product * gap).sum())
+
+    def sweep(self) -> Factors:
+        """A moved towards the best one for given B, then B for that A."""
+        a, b = self.factors
+        a = _moved(self.product, self.gram, self.metrics, a, b)
+        weight, gram = self.turned
+        return a, _moved((weight - _dense(b, a)) @ gram, gram, self.metrics[::-1], b, a)
 
 
-def _half(weight: Tensor, gram: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
-    """The best A for given B, some terms at a time, and the squared error before the last step.
+def _whitened(weight: Tensor, metrics: Factors, a: Tensor, b: Tensor) -> Factors:
+    """The best A and B, of the shapes of these, where the Gram is the product of two metrics.
 
-    For the change of A: ``Y_q[p, x] = sum_sy (E C)[(p, s), (x, y)] B_q[s, y]`` with E = W - M, and
-    ``Z_qt[x, u] = sum_yv C[(x, y), (u, v)] (B_q^T B_t)[y, v]`` couples the terms.
+    Then the rearranged weight, whitened, is a matrix whose truncated SVD is best.
     """
     (r, m1, n1), (_, m2, n2) = a.shape, b.shape
-    pairs = gram.reshape(n1, n2, n1, n2).transpose(1, 2).reshape(n1 * n1, n2 * n2)
-    a, some = a.clone(), max(1, JOINT // n1)
-    squared = math.inf
-    for first in range(0, r, some):
-        now = slice(first, min(first + some, r))
-        gap = weight - _dense(a, b)
-        product = gap @ gram
-        squared = float((product * gap).sum())
-        part, t = b[now], now.stop - now.start
-        flat = product.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, -1)
-        pull = (flat @ part.reshape(t, -1).mT).reshape(m1, n1, t).transpose(1, 2)
-        inner = torch.einsum("qsy,tsv->yvqt", part, part).reshape(n2 * n2, t * t)
-        system = (pairs @ inner).reshape(n1, n1, t, t).permute(2, 0, 3, 1)
-        system = system.reshape(t * n1, t * n1)
-        change = damped_solve(system, pull.reshape(m1, -1).mT).mT
-        a[now] += change.reshape(m1, t, n1).transpose(0, 1)
-    return a, squared
+    (down, up), (left, right) = map(_roots, metrics)
+    blocks = weight.reshape(m1, m2, n1, n2).transpose(1, 2)  # (m1, n1, m2, n2)
+    flat = torch.einsum("pxsy,xu->pusy", blocks @ left, down).reshape(m1 * n1, m2 * n2)
+    found = LowRank.fit(flat, rank=r)
+    assert isinstance(found, LowRank)
+    return found.u.data.mT.reshape(a.shape) @ up, found.v.data.reshape(b.shape) @ right
+
+
+def _roots(metric: Tensor) -> Factors:
+    """C^(1/2) and its inverse, of what is not negligible."""
+    values, vectors = torch.linalg.eigh(metric)
+    root = values.clamp_min(RIDGE * values[-1]).sqrt()
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def _moved(product: Tensor, gram: Tensor, metrics: Factors, a: Tensor, b: Tensor) -> Tensor:
+    """A moved towards the best one for given B.
+
+    The pull on A is ``Y_q[p, x] = sum_sy (E C)[(p, s), (x, y)] B_q[s, y]`` with E = W - M. Were C a
+    Kronecker product, the system for A would be one of two small matrices: the preconditioner.
+
+    Args:
+        product: E C.
+    """
+    (r, m1, n1), (_, m2, n2) = a.shape, b.shape
+    flat = b.reshape(r, -1)
+
+    def pulled(product: Tensor) -> Tensor:
+        blocks = product.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, -1)
+        return (blocks @ flat.mT).mT.reshape(r, m1, n1)
+
+    terms = damped_inverse((b @ metrics[1]).reshape(r, -1) @ flat.mT)
+    columns = damped_inverse(metrics[0])
+    return conjugate(
+        lambda t: pulled(_dense(t, b) @ gram),
+        lambda t: (terms @ t.reshape(r, -1)).reshape(t.shape) @ columns,
+        a,
+        pulled(product),
+        (0, 2),
+        TURNS,
+    )[0]

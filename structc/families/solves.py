@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 RIDGE = 1e-10
 """Of the mean diagonal, added to every system."""
+PROGRESS = 3e-3
+"""A fit stops when a sweep lowers the squared error by less than this share."""
+
+Factors = tuple[Tensor, ...]
+
+
+class Sweeps(Protocol):
+    """What alternates between the factors of a matrix."""
+
+    def at(self, factors: Factors) -> float:
+        """The squared error of these factors, from which the next sweep starts."""
+
+    def sweep(self) -> Factors:
+        """One step for each factor, none of which raises the error."""
+
+
+def descend(sweeps: Sweeps, start: Factors, most: int) -> Factors:
+    """Up to so many sweeps, each from a point beyond the last one if that is better.
+
+    Alternating steps creep along valleys in a direction that hardly changes. Going on in it costs
+    nothing, since a sweep begins with what tells the error of its starting point; where that is
+    not below the last one's, the sweep starts from where the steps ended.
+    """
+    x, before, error, run = start, start, math.inf, 0
+    for _ in range(most):
+        pace = run / (run + 3)
+        ahead = tuple(f + pace * (f - g) for f, g in zip(x, before, strict=True))
+        now = sweeps.at(ahead) if run else math.inf
+        if now >= error or not run:
+            run, now = 0, sweeps.at(x)
+        if now > error * (1 - PROGRESS):
+            return x
+        before, x, error, run = x, sweeps.sweep(), now, run + 1
+    return x
 
 
 def damped_solve(system: Tensor, residual: Tensor) -> Tensor:
@@ -16,11 +54,51 @@ def damped_solve(system: Tensor, residual: Tensor) -> Tensor:
     the ridge makes each step a proximal one: it lowers the error whatever the rank of N, directions
     that N does not see stay as they are, and repeated steps end at the exact solution.
     """
+    return torch.cholesky_solve(residual, _damped_root(system))
+
+
+def damped_inverse(system: Tensor) -> Tensor:
+    """``(N + eps I)^-1`` of the same systems."""
+    return torch.cholesky_inverse(_damped_root(system))
+
+
+def _damped_root(system: Tensor) -> Tensor:
     size = system.shape[-1]
     level = system.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     ridge = RIDGE * level + torch.finfo(system.dtype).tiny
     damped = system + torch.diag_embed(ridge.expand(*ridge.shape[:-1], size))
-    return torch.cholesky_solve(residual, torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(damped)
+
+
+def conjugate(
+    image: Callable[[Tensor], Tensor],
+    tame: Callable[[Tensor], Tensor],
+    start: Tensor,
+    residual: Tensor,
+    dims: tuple[int, ...],
+    turns: int,
+) -> tuple[Tensor, Tensor]:
+    """Preconditioned conjugate gradients towards ``S t = wanted``, and the residual they leave.
+
+    Each turn lowers ``t S t - 2 t wanted`` of every problem of the batch, or leaves it.
+
+    Args:
+        image: S, positive semidefinite.
+        tame: the preconditioner, an approximate inverse of S.
+        residual: ``wanted - S start``.
+        dims: the dimensions that belong to one problem; the others are a batch.
+    """
+    t, step = start, tame(residual)
+    size = (residual * step).sum(dims, keepdim=True)
+    for _ in range(turns):
+        moved = image(step)
+        slope = (step * moved).sum(dims, keepdim=True)
+        far = torch.where(slope > 0, size / slope, 0.0)
+        t, residual = t + far * step, residual - far * moved
+        tamed = tame(residual)
+        size, before = (residual * tamed).sum(dims, keepdim=True), size
+        step = tamed + torch.where(before > 0, size / before, 0.0) * step
+    return t, residual
 
 
 def least_squares(rows: Tensor, gram: Tensor, columns: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ def candidate_data(candidate: Candidate, dense_params: int) -> Json:
         "params_kept": ratio(candidate.params, dense_params),
         "flops": candidate.flops,
         "error": finite(candidate.error),
+        "exact": candidate.exact,
         "diverged": math.isinf(candidate.error),
         "latency_ms": finite(price.latency_ms),
         "dense_ms": finite(price.baseline_ms),
@@ -196,6 +197,7 @@ def _outcome(
             "params": row["params"],
             "params_kept": row["params_kept"],
             "error": row["error"],
+            "exact": row["exact"],
             "diverged": row["diverged"],
         }
     stays = choice is None or choice["family"] == "dense"
@@ -207,6 +209,7 @@ def _outcome(
         "params": dense if stays else None,
         "params_kept": 1.0 if stays else None,
         "error": 0.0 if stays else None,
+        "exact": stays,
         "diverged": False,
     }
 

@@ -13,8 +13,15 @@ MOST = 6
 
 
 def explanations(data: Json) -> dict[str, str]:
-    """For every site of a report its paragraph."""
-    return {str(site["name"]): "\n".join(_lines(clean(site))) for site in data["sites"]}
+    """For every site of a report its paragraph, and for what was refused as a whole its reasons."""
+    found = {str(site["name"]): "\n".join(_lines(clean(site))) for site in data["sites"]}
+    others: dict[str, list[str]] = {}
+    for refusal in data["refusals"]:
+        name = str(refusal["site"])
+        if name and name not in found:
+            lines = others.setdefault(name, [f"{name}: stays as it is"])
+            lines.append(f"  refused   {refusal['family'].replace('_', ' ')}: {refusal['reason']}")
+    return found | {name: "\n".join(lines) for name, lines in others.items()}
 
 
 def _lines(site: Json) -> Iterator[str]:
@@ -58,6 +65,8 @@ def _outcome(candidate: Json) -> str:
     if candidate["speedup"] is not None:  # each was timed beside its own run of the dense kernel
         own, dense = ms(candidate["latency_ms"]), ms(candidate["dense_ms"])
         facts.append(f"{dense} → {own}, {times(candidate['speedup'])}")
-    if candidate["error"] is not None:
+    if candidate["exact"]:
+        facts.append("exact")
+    elif candidate["error"] is not None:
         facts.append(f"error {error(candidate)}")
     return f"{', '.join(facts)}: {candidate['why']}" if facts else str(candidate["why"])

@@ -82,8 +82,9 @@ class Group:
     def error_range(self) -> str:
         """Smallest and largest error of what is shown."""
         found = [c for c in self.shown if c]
-        known = sorted(c["error"] for c in found if c["error"] is not None)
-        texts = [number(e, 2) for e in [*known[:1], *known[-1:]]]
+        known = sorted(c["error"] for c in found if c["error"] is not None and not c["exact"])
+        texts = ["exact"] if any(c["exact"] for c in found) else []
+        texts += [number(e, 2) for e in [*known[:1], *known[-1:]]]
         texts += [error(c) for c in found if c["diverged"]]
         return "..".join(dict.fromkeys(texts)) or NONE
 

@@ -82,10 +82,10 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 
 def error(row: Json) -> str:
-    """A relative output error; infinite ones say so."""
-    if row.get("diverged"):
-        return "infinite"
-    return "exact" if row["error"] == 0 else number(row["error"], 2)
+    """A relative output error; infinite ones and those of mere rounding say so."""
+    if row["exact"]:
+        return "exact"
+    return "infinite" if row["diverged"] else number(row["error"], 2)
 
 
 def size(n_bytes: float) -> str:

@@ -57,7 +57,7 @@ def test_data_are_used_as_well_as_published(decay, published) -> None:
 def test_sweeps_never_raise_the_error(weighted, joint, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = gaussian(64, 48), correlated(64, 1.5) if weighted else None
     monkeypatch.setattr("structc.families.blast.JOINT", joint)
-    monkeypatch.setattr("structc.families.blast.PROGRESS", -1.0)
+    monkeypatch.setattr("structc.families.solves.PROGRESS", -1.0)
     errors = [LowRank.fit(weight, gram, rank=9).fit_error]
     for sweeps in range(1, 13):
         monkeypatch.setattr("structc.families.blast.SWEEPS", sweeps)
@@ -68,7 +68,7 @@ def test_sweeps_never_raise_the_error(weighted, joint, monkeypatch: pytest.Monke
 
 def test_many_sweeps_end_where_no_factor_can_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = gaussian(16, 12), correlated(16, 1.0)
-    monkeypatch.setattr("structc.families.blast.PROGRESS", -1.0)
+    monkeypatch.setattr("structc.families.solves.PROGRESS", -1.0)
     monkeypatch.setattr("structc.families.blast.SWEEPS", 1000)
     module = Blast.fit(weight, gram, blocks=2, rank=3)
     gap = module.to_dense() - weight
@@ -96,3 +96,13 @@ def test_null_of_a_larger_weight_is_what_noise_gives() -> None:
     assert Blast.null(384, 384, hyper) == pytest.approx(
         weighted_error(weight, Blast.fit(weight, **hyper).to_dense(), None), abs=0.01
     )
+
+
+def test_products_made_again_are_those_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(5)
+    weight = torch.randn(24, 40, generator=g, dtype=torch.float64)
+    x = torch.randn(200, 40, generator=g, dtype=torch.float64)
+    kept = Blast.fit(weight, x.T @ x, blocks=4, rank=6)
+    monkeypatch.setattr("structc.families.blast.HELD", 0)
+    again = Blast.fit(weight, x.T @ x, blocks=4, rank=6)
+    assert torch.allclose(kept.to_dense(), again.to_dense(), rtol=1e-10, atol=1e-12)

@@ -80,6 +80,39 @@ def test_refinement_is_monotone_and_pays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert errors[-1] < 0.8 * plain
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_steps_end_at_the_least_squares_solution(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the design matrix in full: one factor for the others as they are."""
+    from structc.families import butterfly
+
+    g = torch.Generator().manual_seed(2)
+    chain = list(Butterfly.empty(12, 18, {"levels": 3, "rank": 2}, torch.float64).chain)
+    chain = [torch.randn(f.shape, generator=g, dtype=torch.float64) for f in chain]
+    weight = torch.randn(18, 12, generator=g, dtype=torch.float64)
+    x = torch.randn(12, 30, generator=g, dtype=torch.float64)
+    gram, outer = x @ x.mT, (1, 2, 2, 1)
+    left, right = weight.new_ones(1, 1, 1, 18), weight.new_ones(12, 1, 1, 1)
+    parts = [butterfly._parted(f, outer[s], outer[s + 1]) for s, f in enumerate(chain)]
+    for part in parts[:at]:
+        left = butterfly._wider(left, part)
+    for part in reversed(parts[at + 1 :]):
+        right = butterfly._longer(part, right)
+    monkeypatch.setattr(butterfly, "TURNS", 400)
+    lost = butterfly._least(parts[at], left, right, weight @ gram, gram)
+    found = [*chain[:at], parts[at].reshape(chain[at].shape), *chain[at + 1 :]]
+
+    def output(factors: list[torch.Tensor]) -> torch.Tensor:
+        return butterfly._product(factors, x)
+
+    units = torch.eye(chain[at].numel(), dtype=torch.float64).reshape(-1, *chain[at].shape)
+    columns = [output([*chain[:at], unit, *chain[at + 1 :]]).flatten() for unit in units]
+    design, target = torch.stack(columns, 1), (weight @ x).flatten()
+    best = design @ torch.linalg.lstsq(design, target[:, None], driver="gelsd")[0][:, 0]
+    assert relative_error(output(found).flatten(), best) < 1e-8
+    gap = target - best
+    assert float(target @ target) + lost == pytest.approx(float(gap @ gap), rel=1e-6)
+
+
 def test_primes_are_refused_with_a_reason() -> None:
     refusal = Butterfly.fit(torch.randn(12, 13), levels=2, rank=1)
     assert refusal.code == "GRID" and "13 has 1 prime factors" in refusal.reason
