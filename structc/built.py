@@ -240,7 +240,8 @@ def _parts(
     if not isinstance(form, (Tile, PackedDense)):
         raise ConfigError(
             f"build: expected a family, a form or its text, got {type(given).__name__}",
-            hint="structc.families.LowRank.fit(weight, rank=...) gives a family.",
+            hint="structc.families.LowRank.fit(weight, rank=...) gives a family; what a weight is "
+            "exactly, structc.recognize(weight).family.",
         )
     _check_form(form)
     _check_bias(bias, form.out_features)

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from structc.errors import ConfigError
 
+ROWS = 512
+"""Of a matrix whose norm is taken at a time."""
 _TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -172,13 +174,19 @@ def weighted_error(
         out_gram: G, ``(out_features, out_features)``; None counts as the identity.
     """
     w = weight.detach().double()
-    gap = w - approx.detach().double()
-    left = (lambda a: a) if out_gram is None else (lambda a: out_gram.double() @ a)
-    right = (lambda a: a) if gram is None else (lambda a: a @ gram.double())
-    top, bottom = ((left(right(a)) * a).sum() for a in (gap, w))
-    if float(top) <= 0:
+    top = squared_norm(w - approx.detach().double(), gram, out_gram)
+    if top <= 0:
         return 0.0
-    return math.sqrt(float(top) / float(bottom)) if float(bottom) > 0 else math.inf
+    bottom = squared_norm(w, gram, out_gram)
+    return math.sqrt(top / bottom) if bottom > 0 else math.inf
+
+
+def squared_norm(matrix: Tensor, gram: Tensor | None, out_gram: Tensor | None = None) -> float:
+    """``tr(G M C M^T)``, some rows at a time: these are the largest matrices there are."""
+    left = matrix if out_gram is None else out_gram.double() @ matrix
+    right = None if gram is None else gram.double()
+    parts = zip(left.split(ROWS), matrix.split(ROWS), strict=True)
+    return sum(float(((a if right is None else a @ right) * b).sum()) for a, b in parts)
 
 
 def regularised(gram: Tensor, amount: float = 1e-4) -> Tensor:

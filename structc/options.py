@@ -187,12 +187,14 @@ def proposals(
         known: the structure that the weight has exactly; it is proposed in every tier.
     """
     yield Dense.name, {}
-    if known is not None and forced(site, options) is None:
+    asked = forced(site, options)
+    if known is not None and (asked is None or _asks_for(asked[1], known)):
         yield known.name, known.hyper()
+        if asked is not None:
+            return
     empty = min(site.in_features, site.out_features) < 1
     if options.budget.exact or site.window is not None or empty:
         return
-    asked = forced(site, options)
     if asked is not None:
         if asked[1] is not None:
             yield from _forced_proposals(site, asked[1])
@@ -203,6 +205,13 @@ def proposals(
         for hyper in family.proposals(site.in_features, site.out_features):
             if known is None or (family.name, hyper) != (known.name, known.hyper()):
                 yield family.name, hyper
+
+
+def _asks_for(choice: Any, known: AbstractFamily) -> bool:
+    """Whether ``config`` names what the weight is exactly."""
+    asked = {"family": choice} if isinstance(choice, str) else dict(choice or {})
+    family = asked.pop("family", None)
+    return family == known.name and asked in ({}, dict(known.hyper()))
 
 
 def _forced_proposals(site: LinearSite, choice: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -158,9 +158,7 @@ def _outrun(
     return None
 
 
-def priced_only(
-    site: LinearSite, prices: Prices, known: AbstractFamily | None
-) -> list[Candidate]:
+def priced_only(site: LinearSite, prices: Prices, known: AbstractFamily | None) -> list[Candidate]:
     """Candidates without errors, for ``inspect``; what the weight is exactly is known to be so."""
     held = None if known is None else (known.name, dict(known.hyper()))
     out = []

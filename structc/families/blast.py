@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structc.families.base import AbstractStructured, ranks_for, with_epilogue
 from structc.families.fits import analytic, refuse_grid, refuse_rank, simulated
-from structc.families.low_rank import LowRank
+from structc.families.low_rank import leading
 from structc.families.solves import Factors, damped_solve, descend
 from structc.forms import Block, Tile
 from structc.records import Hyper, Refusal
@@ -20,10 +20,12 @@ BLOCKS = (8, 4, 2)
 """Counts of blocks that are proposed, the first that divides both sides: more fit better."""
 FRACTIONS = (0.5, 0.35)
 SWEEPS = 30
-LEAST, WORK = 2, 2 * 10**12
+LEAST, WORK = 2, 15 * 10**11
 """Sweeps and products of a fit: only matrices above 2048 x 2048 get fewer sweeps than the rest."""
 HELD = 1 << 22
 """Elements of what a fit keeps of its products; more are made again when they are needed."""
+CACHED = 1 << 16
+"""Elements of a product that is summed at once."""
 SAMPLED = 192
 SMALL = 4096
 """Elements up to which the unweighted fit is tried too: near an exact fit, which small matrices
@@ -33,6 +35,7 @@ JOINT = 256
 
 Together needs a few sweeps less, which above this size costs more than it gains.
 """
+
 
 @final
 class Blast(AbstractStructured):
@@ -111,14 +114,12 @@ class Blast(AbstractStructured):
             cls.name, rank, min(weight.shape)
         ):
             return refusal
-        start = LowRank.fit(weight, gram, rank=rank)
-        if isinstance(start, Refusal):
-            return Refusal("", cls.name, start.code, start.reason)
-        v = start.v.data.reshape(rank, blocks, -1).transpose(0, 1).contiguous()
-        u = start.u.data.reshape(blocks, -1, rank)
+        u, v = leading(weight, gram, rank)
+        v = v.reshape(rank, blocks, -1).transpose(0, 1).contiguous()
+        u = u.reshape(blocks, -1, rank)
         factors = v, v.new_ones(blocks, blocks, rank), u
         sweeps = _Plain(weight, blocks) if gram is None else _Weighted(weight, gram, blocks)
-        most = _most(*reversed(weight.shape), blocks, rank)
+        most = _most(weight, gram is not None, blocks, rank)
         made = cls(*_levelled(*descend(sweeps, factors, most)))
         if gram is None or weight.numel() > SMALL:
             return made
@@ -146,8 +147,8 @@ class Blast(AbstractStructured):
         return [self.v, self.s, self.u]
 
     def to_dense(self) -> Tensor:
-        blocks = (self.u[:, None] * self.s[:, :, None]) @ self.v  # (j, k, l, i)
-        return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+        rows = [(u * s[:, None]) @ self.v for u, s in zip(self.u, self.s, strict=True)]  # (k, l, i)
+        return torch.cat([row.transpose(0, 1).flatten(1) for row in rows])
 
 
 def _levelled(v: Tensor, s: Tensor, u: Tensor) -> Factors:
@@ -170,10 +171,9 @@ class _Plain:
         """The squared error of these factors, from which the next sweep starts."""
         self.factors = factors
         v, s, u = factors
-        self.wv = torch.stack([row @ v.mT for row in self.w])  # (j, k, l, r)
         self.vv = v @ v.mT  # (k, r, r)
         self.uu = u.mT @ u
-        self.wanted = torch.einsum("jlr,jklr->jkr", u, self.wv)
+        self.wanted = torch.stack([(w @ v.mT * a).sum(1) for w, a in zip(self.w, u, strict=True)])
         rows = zip(self.uu, s, strict=True)  # a row of blocks at a time: (k, r, r) is enough
         self.now = torch.stack([((uu * self.vv) @ row[..., None])[..., 0] for uu, row in rows])
         return self.total - float(((2 * self.wanted - self.now) * s).sum())
@@ -186,7 +186,7 @@ class _Plain:
         s, u = s + torch.stack(steps)[..., 0], u.clone()
         for a, row in enumerate(s):
             system = _summed(self.vv, row)
-            pull = (self.wv[a] * row[:, None]).sum(0) - u[a] @ system
+            pull = (self.w[a] @ v.mT * row[:, None]).sum(0) - u[a] @ system
             u[a] += damped_solve(system, pull.mT).mT
         uu, v = u.mT @ u, v.clone()
         for b, column in enumerate(s.unbind(1)):
@@ -224,7 +224,7 @@ class _Weighted:
     def at(self, factors: Factors) -> float:
         """The squared error of these factors, from which the next sweep starts."""
         self.factors = factors
-        v, s, u = factors
+        _, s, u = factors
         self.kept: dict[tuple[str, int], Tensor] = {}
         left, systems = self.total, self._systems(s)
         for a in range(self.blocks):
@@ -270,9 +270,7 @@ class _Weighted:
         """``sum_bc diag(s_ab) V_b C_bc V_c^T diag(s_ac)`` of all a, (j, r, r)."""
         found = s.new_zeros(len(s), s.shape[2], s.shape[2])
         for b in range(self.blocks):
-            inner = self._inner(b)
-            for a, row in enumerate(s):
-                found[a] += row[b][:, None] * (inner * row).sum(1)
+            found += _mixed(self._inner(b), s).mul_(s[:, b, :, None])
         return found
 
     def _couplings(self, s: Tensor, u: Tensor) -> None:
@@ -289,27 +287,38 @@ class _Weighted:
             return
         for b in range(k):  # rows do not see each other
             inner = self._inner(b)
-            for row, uu, want in zip(s, uus, wanted, strict=True):
-                gap = want[b] - (uu * (inner * row).sum(1)).sum(1)
+            gaps = wanted[:, b] - _mixed(inner, s).mul_(uus).sum(2)
+            for row, uu, gap in zip(s, uus, gaps, strict=True):
                 row[b] += damped_solve(inner[:, b] * uu, gap[:, None])[:, 0]
 
     def _columns(self, b: int, v: Tensor, s: Tensor, u: Tensor, uu: Tensor) -> None:
         """V_b for fixed others; its system is a Kronecker product, so two small solves do."""
-        i, scaled = v.shape[2], uu * s[:, b, :, None]
-        theirs = v.new_zeros(v.shape[1], len(self.gram))
-        for c in range(self.blocks):  # F_b^T F_c with F_b the columns of U that see block b
-            mixed = (scaled * s[:, c, None]).sum(0)
-            theirs[:, c * i : c * i + i] = mixed @ v[c]
-            if c == b:
-                own = mixed
+        i = v.shape[2]
+        seen = _mixed((uu * s[:, b, :, None]).transpose(0, 1), s.transpose(0, 1))
+        theirs = (seen @ v).transpose(0, 1).flatten(1)  # with F_b^T F_c = seen[c], (r, n)
         wanted = sum((u[a] * s[a, b]).mT @ self.wc[a, b] for a in range(self.blocks))
         pull = wanted - theirs @ self.gram[:, b * i : b * i + i]
-        v[b] += damped_solve(own, damped_solve(self.metrics[b], pull.mT).mT)
+        v[b] += damped_solve(seen[b], damped_solve(self.metrics[b], pull.mT).mT)
 
 
-def _most(n: int, m: int, blocks: int, rank: int) -> int:
+def _mixed(inner: Tensor, s: Tensor) -> Tensor:
+    """``sum_c I[:, c, :] s[a, c, :]`` of all a, (a, r, t), as many rows at once as caches hold."""
+    rows, parts, columns = inner.shape
+    found = s.new_empty(len(s), rows, columns)
+    step = max(1, CACHED // (parts * columns))
+    for first in range(0, rows, step):
+        now = slice(first, first + step)
+        for row, into in zip(s, found, strict=True):
+            torch.sum(inner[now] * row, 1, out=into[now])
+    return found
+
+
+def _most(weight: Tensor, aware: bool, blocks: int, rank: int) -> int:
     """How many sweeps a fit of this size may take."""
-    once = 2 * (3 * m * n * rank + 4 * n * blocks * rank**2 + 3 * n * n * rank)
+    m, n = weight.shape
+    once = 2 * (3 * m * n * rank + 2 * n * rank**2)
+    if aware:
+        once += 2 * (3 * n * n * rank + 4 * n * blocks * rank**2)
     return min(SWEEPS, max(LEAST, WORK // once))
 
 

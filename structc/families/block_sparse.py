@@ -158,8 +158,9 @@ def scattered(values: Tensor, rows: Tensor, columns: Tensor, n: int) -> Tensor:
     """The matrix (m, n) of some blocks (nnz, b, c)."""
     _, height, width = values.shape
     down = torch.arange(len(rows) - 1, device=rows.device).repeat_interleave(rows.diff())
-    grid = values.new_zeros(len(rows) - 1, n // width, height, width)
-    return grid.index_put((down, columns), values).transpose(1, 2).reshape(-1, n)
+    empty = (len(rows) - 1, n // width, height, width)
+    grid = values.new_zeros(empty).index_put((down, columns), values)
+    return grid.transpose(1, 2).reshape(-1, n)
 
 
 def solved(weight: Tensor, gram: Tensor | None, kept: Tensor, height: int, width: int) -> Tensor:

@@ -143,8 +143,13 @@ class Butterfly(AbstractStructured):
         return list(reversed(list(self.chain)))
 
     def to_dense(self) -> Tensor:
-        x = torch.eye(self.in_features, dtype=self.chain[0].dtype, device=self.chain[0].device)
-        return _product(list(self.chain), x)
+        left, outer = (
+            self.chain[0].new_ones(1, 1, 1, self.out_features),
+            _ranks(list(self.chain), self.rank),
+        )
+        for factor, (before, after) in zip(self.chain, outer, strict=True):
+            left = _wider(left, _parted(factor, before, after))
+        return left[..., 0, 0]
 
 
 # ---------------------------------------------------------------------------- patterns
@@ -202,17 +207,22 @@ def _most(n: int, m: int, levels: int) -> int:
 # ---------------------------------------------------------------------------- products
 
 
-def _times(factor: Tensor, x: Tensor) -> Tensor:
-    """T X for X (a*c*d, columns)."""
-    a, _, c, d = factor.shape
-    y = torch.einsum("abcd,acdn->abdn", factor, x.reshape(a, c, d, -1))
-    return y.reshape(-1, x.shape[1])
+def _ranks(chain: Sequence[Tensor], rank: int) -> list[tuple[int, int]]:
+    """The rank before and behind each factor: 1 at both ends."""
+    return list(itertools.pairwise([1, *[rank] * (len(chain) - 1), 1]))
 
 
-def _product(chain: Sequence[Tensor], x: Tensor) -> Tensor:
-    for factor in reversed(chain):
-        x = _times(factor, x)
-    return x
+def _parted(factor: Tensor, before: int, after: int) -> Tensor:
+    """A factor (a, r*j, k*q, d) with the ranks at both of its cuts apart: (a, r, j, k, q, d)."""
+    a, b, c, d = factor.shape
+    return factor.reshape(a, before, b // before, c // after, after, d)
+
+
+def _wider(left: Tensor, part: Tensor) -> Tensor:
+    """L T: from values (J, a, r, j*d) to (J*j, a*k, q, d)."""
+    _, _, j, _, q, d = part.shape
+    made = torch.einsum("xarjd,arjkqd->xjakqd", left.unflatten(3, (j, d)), part)
+    return made.reshape(len(left) * j, -1, q, d)
 
 
 def _levelled(chain: Sequence[Tensor]) -> list[Tensor]:
@@ -267,14 +277,14 @@ def _refine(weight: Tensor, gram: Tensor, chain: Sequence[Tensor], rank: int) ->
     """
     chain, product = list(chain), weight @ gram
     total, error = float((product * weight).sum()), math.inf
-    outer = [1, *[rank] * (len(chain) - 1), 1]
+    outer = _ranks(chain, rank)
     for _ in range(SWEEPS if weight.numel() <= LARGE**2 else FEW):
         lefts = [weight.new_ones(1, 1, 1, len(weight))]
         for s, factor in enumerate(chain[:-1]):
-            lefts.append(_wider(lefts[s], _parted(factor, outer[s], outer[s + 1])))
+            lefts.append(_wider(lefts[s], _parted(factor, *outer[s])))
         right, now = weight.new_ones(len(gram), 1, 1, 1), 0.0
         for s in reversed(range(len(chain))):
-            part = _parted(chain[s], outer[s], outer[s + 1])
+            part = _parted(chain[s].clone(), *outer[s])
             now = _least(part, lefts[s], right, product, gram)
             chain[s] = part.reshape(chain[s].shape)
             if s:  # this factor now belongs to R
@@ -283,19 +293,6 @@ def _refine(weight: Tensor, gram: Tensor, chain: Sequence[Tensor], rank: int) ->
             break
         error = total + now
     return chain
-
-
-def _parted(factor: Tensor, before: int, after: int) -> Tensor:
-    """A factor (a, r*j, k*q, d) with the ranks at both of its cuts apart: (a, r, j, k, q, d)."""
-    a, b, c, d = factor.shape
-    return factor.clone().reshape(a, before, b // before, c // after, after, d)
-
-
-def _wider(left: Tensor, part: Tensor) -> Tensor:
-    """L T: from values (J, a, r, j*d) to (J*j, a*k, q, d)."""
-    _, _, j, k, q, d = part.shape
-    made = torch.einsum("xarjd,arjkqd->xjakqd", left.unflatten(3, (j, d)), part)
-    return made.reshape(len(left) * j, -1, q, d)
 
 
 def _longer(part: Tensor, right: Tensor) -> Tensor:
@@ -314,7 +311,7 @@ def _least(part: Tensor, left: Tensor, right: Tensor, product: Tensor, gram: Ten
         right: R (a*k, q, d, K), of columns a*k*K.
         product: W C.
     """
-    a, r, j, k, q, d = part.shape
+    a, _, j, k, q, d = part.shape
     left, product = left.unflatten(3, (j, d)), product.view(len(left), j, d, a, k, -1)
     lost = 0.0
     for at in range(d):
@@ -322,17 +319,22 @@ def _least(part: Tensor, left: Tensor, right: Tensor, product: Tensor, gram: Ten
         rows, pulled = left[..., at], product[:, :, at]
         pulled = torch.einsum("xjaky,akqy->xjakq", pulled, across.unflatten(0, (a, k)))
         wanted = torch.einsum("xarj,xjakq->jarkq", rows, pulled).flatten(3)
-        inner = torch.einsum("xarj,xbsj->jarbs", rows, rows).flatten(3)
-        start = part[..., at].permute(2, 0, 1, 3, 4).flatten(3)
-        found, drop = _slices(inner, _metric(across, gram, a), wanted, start)
-        part[..., at] = found.unflatten(3, (k, q)).permute(1, 2, 0, 3, 4)
-        lost += drop
+        metric, some = _metric(across, gram, a), max(1, SLAB // (a * part.shape[1]) ** 2)
+        for first in range(0, j, some):
+            now = slice(first, first + some)
+            inner = torch.einsum("xarj,xbsj->jarbs", rows[..., now], rows[..., now]).flatten(3)
+            start = part[:, :, now, ..., at].permute(2, 0, 1, 3, 4).flatten(3)
+            found, drop = _slices(inner, metric, wanted[now], start)
+            part[:, :, now, ..., at] = found.unflatten(3, (k, q)).permute(1, 2, 0, 3, 4)
+            lost += drop
     return lost
 
 
 def _metric(across: Tensor, gram: Tensor, a: int) -> Tensor:
     """R C R^T for R (A, q, K) of support ``I_A (x) 1``, as (a, c, a*c)."""
     columns, q, size = across.shape
+    if q == size == 1:  # the last factor: R is the identity
+        return gram.view(a, -1, columns)
     half = (across @ gram.view(columns, size, -1)).view(columns * q, columns, size)
     whole = (half.transpose(0, 1) @ across.mT).transpose(0, 1)
     return whole.reshape(a, -1, columns * q)

@@ -15,6 +15,7 @@ from structc.families.fits import analytic, refuse_rank, simulated
 from structc.families.solves import conjugate
 from structc.families.toeplitz import diagonal_sums
 from structc.forms import Displace, Tile
+from structc.numerics import squared_norm
 from structc.records import Hyper, Refusal
 
 SWEEPS, PROGRESS = 12, 3e-3
@@ -219,8 +220,7 @@ def _refined(w: Tensor, c: Tensor | None, start: Pair) -> Pair:
 
 
 def _squared(w: Tensor, c: Tensor | None, factors: Pair) -> float:
-    gap = w - _matrix(*factors)
-    return float(((gap if c is None else gap @ c) * gap).sum())
+    return squared_norm(w - _matrix(*factors), c)
 
 
 def _best_g(w: Tensor, c: Tensor | None, h: Tensor) -> Tensor:

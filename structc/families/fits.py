@@ -18,7 +18,7 @@ from torch import Tensor
 
 from structc.errors import ConfigError
 from structc.families.base import AbstractFamily
-from structc.numerics import weighted_error
+from structc.numerics import ROWS, weighted_error
 from structc.records import Refusal
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
@@ -139,11 +139,13 @@ def _no_gram(c: Tensor) -> str:
     level = SLACK * float(diagonal.abs().max())
     if float(diagonal.min()) < -level:
         return f"its diagonal goes down to {float(diagonal.min()):.2g}"
-    if float((c - c.mT).abs_().max()) > level:
-        return "it is not symmetric"
     root = diagonal.clamp_min(0).sqrt()
-    if float(c.abs().sub_(root[:, None] * root).max()) > level:
-        return "an entry is larger than the two of the diagonal allow"
+    for first in range(0, len(c), ROWS):
+        now = slice(first, first + ROWS)
+        if float((c[now] - c[:, now].mT).abs_().max()) > level:
+            return "it is not symmetric"
+        if float(c[now].abs().sub_(root[now, None] * root).max()) > level:
+            return "an entry is larger than the two of the diagonal allow"
     return ""
 
 
@@ -155,7 +157,11 @@ def _scaled(gram: Tensor | None) -> Tensor | None:
     if level <= 0:
         return None  # inputs that are zero, or constant up to rounding, say nothing of a fit
     c = gram.detach().double() * 2.0 ** -math.frexp(level)[1]  # a power of two: nothing is rounded
-    return c if torch.equal(c, c.mT) else (c + c.mT).mul_(0.5)
+    for first in range(0, len(c), ROWS):  # no second matrix of this size
+        now = slice(first, first + ROWS)
+        even = (c[now, first:] + c[first:, now].mT).mul_(0.5)
+        c[now, first:], c[first:, now] = even, even.mT
+    return c
 
 
 def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> AbstractFamily | Refusal:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from structc.families.base import AbstractStructured, balanced, with_epilogue
 from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
-from structc.families.low_rank import LowRank
+from structc.families.low_rank import leading
 from structc.families.solves import RIDGE, Factors, conjugate, damped_inverse, descend
 from structc.forms import Shared, Tile
 from structc.records import Hyper, Refusal
 
 FRACTIONS = (0.5, 0.25)
 """Of the dense products: the factors are small, but each is used many times."""
-SWEEPS, FEW, LARGE = 10, 3, 2048
+SWEEPS, FEW, LARGE = 10, 2, 2048
 """Sweeps of a fit; fewer above LARGE x LARGE."""
 TURNS = 4
 """Conjugate-gradient steps of a half-sweep; each lowers the error."""
@@ -109,13 +109,11 @@ class Kronecker(AbstractStructured):
         if refusal := refuse_rank(cls.name, terms, most):
             return refusal
         flat = weight.reshape(out_outer, m2, in_outer, n2).transpose(1, 2).reshape(-1, m2 * n2)
-        start = LowRank.fit(flat, rank=terms)
-        if isinstance(start, Refusal):
-            return Refusal("", cls.name, start.code, start.reason)
-        a = start.u.data.mT.reshape(terms, out_outer, in_outer)
-        b = start.v.data.reshape(terms, m2, n2)
+        left, right = leading(flat, None, terms)
+        del flat
+        a, b = left.mT.reshape(terms, out_outer, in_outer), right.reshape(terms, m2, n2)
         if gram is not None:
-            sweeps = _Weighted(weight, gram, out_outer, in_outer)
+            sweeps = _Weighted(weight, gram, in_outer)
             starts = (a, b), _whitened(weight, sweeps.metrics, a, b)
             most = SWEEPS if weight.numel() <= LARGE**2 else FEW
             a, b = descend(sweeps, min(starts, key=sweeps.at), most)
@@ -146,39 +144,64 @@ def _dense(a: Tensor, b: Tensor) -> Tensor:
     return products.reshape(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
 
 
-def _turned(w: Tensor, down: int, right: int) -> Tensor:
-    """Rows (p, s) and columns (x, y) become (s, p) and (y, x): A (x) B becomes B (x) A."""
-    m, n = w.shape
-    return w.reshape(down, m // down, right, n // right).permute(1, 0, 3, 2).reshape(m, n)
-
-
 class _Weighted:
     """Half-sweeps over A and over B in the metric of a Gram.
 
     Attributes:
         metrics: C1 and C2 of ``C ~ C1 (x) C2``, partial traces. (The nearest product follows the
             few largest eigenvectors and leaves systems a thousand times worse conditioned.)
+        pull: on A at the point where the next sweep starts.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, m1: int, n1: int) -> None:
+    def __init__(self, weight: Tensor, gram: Tensor, n1: int) -> None:
         parts = gram.reshape(n1, len(gram) // n1, n1, -1)
         first = torch.einsum("xyuy->xu", parts)
         self.weight, self.gram = weight, gram
         self.metrics = first, torch.einsum("xyxv->yv", parts) / first.trace()
-        self.turned = _turned(weight, m1, n1), _turned(gram, n1, n1)
 
     def at(self, factors: Factors) -> float:
         """The squared error of these factors, from which the next sweep starts."""
         self.factors, gap = factors, self.weight - _dense(*factors)
-        self.product = gap @ self.gram
-        return float((self.product * gap).sum())
+        product = gap @ self.gram
+        squared = float(gap.mul_(product).sum())
+        self.pull = _pulled(product, factors, 0)
+        return squared
 
     def sweep(self) -> Factors:
         """A moved towards the best one for given B, then B for that A."""
         a, b = self.factors
-        a = _moved(self.product, self.gram, self.metrics, a, b)
-        weight, gram = self.turned
-        return a, _moved((weight - _dense(b, a)) @ gram, gram, self.metrics[::-1], b, a)
+        pair = self._moved((a, b), 0, self.pull), b
+        gap = (self.weight - _dense(*pair)) @ self.gram
+        return pair[0], self._moved(pair, 1, _pulled(gap, pair, 1))
+
+    def _moved(self, pair: Factors, at: int, pull: Tensor) -> Tensor:
+        """One of both factors moved towards the best one for the other.
+
+        Were C the Kronecker product C1 (x) C2, its system would be one of two small matrices: the
+        preconditioner.
+        """
+        other = pair[1 - at]
+        weighed = (other @ self.metrics[1 - at]).flatten(1)
+        terms = damped_inverse(weighed @ other.flatten(1).mT)
+        columns = damped_inverse(self.metrics[at])
+
+        def image(t: Tensor) -> Tensor:
+            dense = _dense(t, other) if at == 0 else _dense(other, t)
+            return _pulled(dense @ self.gram, pair, at)
+
+        def tame(t: Tensor) -> Tensor:
+            return (terms @ t.flatten(1)).reshape(t.shape) @ columns
+
+        return conjugate(image, tame, pair[at], pull, (0, 2), TURNS)[0]
+
+
+def _pulled(product: Tensor, pair: Factors, at: int) -> Tensor:
+    """What E C says of A, ``Y_q[p, x] = sum_sy (E C)[(p, s), (x, y)] B_q[s, y]``, or of B."""
+    (r, m1, n1), (_, m2, n2) = pair[0].shape, pair[1].shape
+    flat = product.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
+    if at == 0:
+        return (flat @ pair[1].reshape(r, -1).mT).mT.reshape(r, m1, n1)
+    return (pair[0].reshape(r, -1) @ flat).reshape(r, m2, n2)
 
 
 def _whitened(weight: Tensor, metrics: Factors, a: Tensor, b: Tensor) -> Factors:
@@ -188,11 +211,10 @@ def _whitened(weight: Tensor, metrics: Factors, a: Tensor, b: Tensor) -> Factors
     """
     (r, m1, n1), (_, m2, n2) = a.shape, b.shape
     (down, up), (left, right) = map(_roots, metrics)
-    blocks = weight.reshape(m1, m2, n1, n2).transpose(1, 2)  # (m1, n1, m2, n2)
-    flat = torch.einsum("pxsy,xu->pusy", blocks @ left, down).reshape(m1 * n1, m2 * n2)
-    found = LowRank.fit(flat, rank=r)
-    assert isinstance(found, LowRank)
-    return found.u.data.mT.reshape(a.shape) @ up, found.v.data.reshape(b.shape) @ right
+    flat = torch.einsum("psxv,xu->pusv", weight.reshape(m1, m2, n1, n2) @ left, down)
+    flat = flat.reshape(m1 * n1, m2 * n2)
+    u, v = leading(flat, None, r)
+    return u.mT.reshape(a.shape) @ up, v.reshape(b.shape) @ right
 
 
 def _roots(metric: Tensor) -> Factors:
@@ -200,31 +222,3 @@ def _roots(metric: Tensor) -> Factors:
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp_min(RIDGE * values[-1]).sqrt()
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
-
-
-def _moved(product: Tensor, gram: Tensor, metrics: Factors, a: Tensor, b: Tensor) -> Tensor:
-    """A moved towards the best one for given B.
-
-    The pull on A is ``Y_q[p, x] = sum_sy (E C)[(p, s), (x, y)] B_q[s, y]`` with E = W - M. Were C a
-    Kronecker product, the system for A would be one of two small matrices: the preconditioner.
-
-    Args:
-        product: E C.
-    """
-    (r, m1, n1), (_, m2, n2) = a.shape, b.shape
-    flat = b.reshape(r, -1)
-
-    def pulled(product: Tensor) -> Tensor:
-        blocks = product.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, -1)
-        return (blocks @ flat.mT).mT.reshape(r, m1, n1)
-
-    terms = damped_inverse((b @ metrics[1]).reshape(r, -1) @ flat.mT)
-    columns = damped_inverse(metrics[0])
-    return conjugate(
-        lambda t: pulled(_dense(t, b) @ gram),
-        lambda t: (terms @ t.reshape(r, -1)).reshape(t.shape) @ columns,
-        a,
-        pulled(product),
-        (0, 2),
-        TURNS,
-    )[0]

@@ -82,8 +82,7 @@ class LowRank(AbstractStructured):
         """
         if refusal := refuse_rank(cls.name, rank, min(weight.shape)):
             return refusal
-        basis = _basis(weight, gram)[0][:, -rank:]
-        u, v = balanced(basis, basis.mT @ weight)
+        u, v = leading(weight, gram, rank)
         return cls(v, u)
 
     @classmethod
@@ -118,6 +117,12 @@ class LowRank(AbstractStructured):
 
     def to_dense(self) -> Tensor:
         return self.u @ self.v
+
+
+def leading(weight: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """U (m, r) and V (r, n) of the best matrix of rank r, in float64: where other fits begin."""
+    basis = _basis(weight, gram)[0][:, -rank:]
+    return balanced(basis, basis.mT @ weight)
 
 
 def _basis(w: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from structc.families.base import (
     with_epilogue,
 )
 from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
-from structc.families.low_rank import DIRECT, LowRank
+from structc.families.low_rank import DIRECT, leading
 from structc.forms import Block, Permute, Tile
+from structc.numerics import squared_norm
 from structc.records import Hyper, Refusal
 
 GRIDS = ((2, 2), (4, 4))
@@ -159,9 +160,7 @@ def _project(wb: Tensor, rank: int) -> Factors:
     for a in range(k):  # a column of blocks at a time bounds the memory of the SVDs
         if min(l, i) > DIRECT:
             for b in range(j):
-                found = LowRank.fit(wb[a, b], rank=rank)
-                assert isinstance(found, LowRank)
-                p[a, b], q[a, b] = found.u.data, found.v.data
+                p[a, b], q[a, b] = leading(wb[a, b], None, rank)
             continue
         u, s, vh = torch.linalg.svd(wb[a], full_matrices=False)
         root = s[:, :rank].sqrt()
@@ -205,15 +204,13 @@ def _descend(wb: Tensor, gram: Tensor, rank: int, start: Factors) -> Factors:
     k, _, _, i = wb.shape
     cb = gram.reshape(k, i, k, i).transpose(1, 2)  # (k, k, i, i)
     metrics = cb[range(k), range(k)]
-    lam, vectors = torch.linalg.eigh(metrics)
-    able = lam > lam[:, -1:] * i * torch.finfo(lam.dtype).eps  # as a pseudo-inverse cuts
-    inverses = (vectors * torch.where(able, 1 / lam, 0)[:, None, :]) @ vectors.mT
-    roots = vectors * lam.clamp_min(0).sqrt()[:, None, :]
-
-    whitened = [_truncate(wb[a], metrics[a], roots[a], rank) for a in range(k)]
-    other = torch.stack([p for p, _ in whitened]), torch.stack([q for _, q in whitened])
-    best, error = min(((f, _squared(wb, f, gram)) for f in (start, other)), key=lambda fe: fe[1])
-    p, q = (t.clone() for t in best)
+    inverses, roots = _halves(metrics)
+    other = torch.empty_like(start[0]), torch.empty_like(start[1])
+    for a in range(k):
+        other[0][a], other[1][a] = _truncate(wb[a], metrics[a], roots[a], rank)
+    errors = [_squared(wb, f, gram) for f in (start, other)]
+    best, error = (start, errors[0]) if errors[0] <= errors[1] else (other, errors[1])
+    p, q = best[0].clone(), best[1].clone()
     gaps = wb - p @ q  # E, kept up to date block by block
     for _ in range(SWEEPS if wb.numel() <= LARGE**2 else FEW):
         for a in range(k):
@@ -231,7 +228,15 @@ def _descend(wb: Tensor, gram: Tensor, rank: int, start: Factors) -> Factors:
     return best
 
 
+def _halves(metrics: Tensor) -> tuple[Tensor, Tensor]:
+    """A^+ and R with A = R R^T, of a batch."""
+    lam, vectors = torch.linalg.eigh(metrics)
+    able = lam > lam[:, -1:] * metrics.shape[-1] * torch.finfo(lam.dtype).eps  # as a pinv cuts
+    inverses = (vectors * torch.where(able, 1 / lam, 0)[:, None, :]) @ vectors.mT
+    return inverses, vectors * lam.clamp_min(0).sqrt()[:, None, :]
+
+
 def _squared(wb: Tensor, factors: Factors, gram: Tensor) -> float:
-    k, j, l, i = wb.shape
-    gap = (wb - factors[0] @ factors[1]).permute(1, 2, 0, 3).reshape(j * l, k * i)
-    return float(((gap @ gram) * gap).sum())
+    rows = zip(wb.unbind(1), factors[0].unbind(1), factors[1].unbind(1), strict=True)
+    gaps = ((w - p @ q).transpose(0, 1).flatten(1) for w, p, q in rows)
+    return sum(squared_norm(gap, gram) for gap in gaps)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from structc.families.base import AbstractStructured, balanced, ranks_for, with_epilogue
 from structc.families.block_sparse import places, scattered, solved
 from structc.families.fits import analytic, refuse_grid, refuse_rank, simulated
-from structc.families.low_rank import LowRank
+from structc.families.low_rank import leading
 from structc.forms import Add, Block, Keep, Load, Sparse, Tile
+from structc.numerics import squared_norm
 from structc.records import Hyper, Refusal
 
 PROPOSED = (16, 2)
@@ -108,10 +109,7 @@ class Pixelfly(AbstractStructured):
         if blocks & (blocks - 1) or not 1 <= levels < blocks.bit_length():
             reason = f"{blocks} blocks, {levels} levels: a power of two, and up to its logarithm"
             return Refusal("", cls.name, "GRID", reason)
-        start = LowRank.fit(weight, gram, rank=rank)
-        if isinstance(start, Refusal):
-            return Refusal("", cls.name, start.code, start.reason)
-        u, v = start.u.data, start.v.data
+        u, v = leading(weight, gram, rank)
         values, u, v = _descend(weight, gram, pattern(blocks, levels), u, v)
         u, v = balanced(u, v)
         return cls(values, v, u, levels)
@@ -148,7 +146,7 @@ class Pixelfly(AbstractStructured):
 
     def to_dense(self) -> Tensor:
         sparse = scattered(self.values, self.rows, self.columns, self.in_features)
-        return sparse + self.u @ self.v
+        return torch.addmm(sparse, self.u, self.v)
 
 
 def pattern(blocks: int, levels: int) -> Tensor:
@@ -175,10 +173,9 @@ def _descend(
     edges, columns = places(mask)
     error = math.inf
     for _ in range(SWEEPS if weight.numel() <= LARGE**2 else FEW):
-        values = solved(weight - u @ v, gram, mask, height, width)
+        values = solved(_less(weight, u, v), gram, mask, height, width)
         rest = weight - scattered(values, edges, columns, weight.shape[1])
-        gap = rest - u @ v
-        now = float((gap * (gap if gram is None else gap @ gram)).sum())
+        now = squared_norm(_less(rest, u, v), gram)
         if now > error * (1 - PROGRESS):
             return values, u, v
         error = now
@@ -189,4 +186,9 @@ def _descend(
             basis = rest @ (down if gram is None else down @ gram).mT
         u = torch.linalg.qr(basis)[0]
         v = u.mT @ rest
-    return solved(weight - u @ v, gram, mask, height, width), u, v
+        del rest  # as large as the weight
+    return solved(_less(weight, u, v), gram, mask, height, width), u, v
+
+
+def _less(matrix: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.addmm(matrix, u, v, alpha=-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from structc.families.base import AbstractStructured, balanced, with_epilogue
 from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
 from structc.forms import Sparse, Tile
+from structc.numerics import squared_norm
 from structc.records import Hyper, Refusal
 
 SWEEPS, PROGRESS = 6, 1e-3
@@ -236,5 +237,4 @@ def _descended(blocks: Tensor, gram: Tensor, ranks: Tensor, start: Blocks) -> tu
 
 
 def _squared(gaps: Tensor, gram: Tensor) -> float:
-    gap = gaps.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
-    return float(((gap @ gram) * gap).sum())
+    return squared_norm(gaps.permute(1, 2, 0, 3).flatten(2).flatten(0, 1), gram)

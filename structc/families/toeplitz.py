@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from structc.families.base import AbstractStructured, with_epilogue
 from structc.families.fits import analytic
 from structc.forms import Convolve, Tile
+from structc.numerics import squared_norm
 from structc.records import Hyper, Refusal
 
 RIDGES = (1e-14, 1e-12, 1e-10, 1e-8, 1e-6)
@@ -85,9 +86,7 @@ def spread(taps: Tensor, n: int) -> Tensor:
     tensor([[2, 1],
             [3, 2]])
     """
-    m = len(taps) - n + 1
-    i, j = torch.arange(m, device=taps.device), torch.arange(n, device=taps.device)
-    return taps[i[:, None] - j + n - 1]
+    return taps.unfold(0, n, 1).flip(1)
 
 
 def best_taps(w: Tensor, gram: Tensor | None) -> Tensor:
@@ -97,7 +96,8 @@ def best_taps(w: Tensor, gram: Tensor | None) -> Tensor:
     a - t]`` and b the diagonal sums of ``(W - M) C``: a combination without energy stays as it was.
     """
     m, n = w.shape
-    taps = diagonal_sums(w) / diagonal_sums(torch.ones_like(w))
+    at = torch.arange(m + n - 1)
+    taps = diagonal_sums(w) / torch.minimum(at + 1, m + n - 1 - at).clamp_max(min(m, n))
     if gram is None:
         return taps
     wanted = diagonal_sums((w - spread(taps, n)) @ gram)
@@ -113,6 +113,7 @@ def best_taps(w: Tensor, gram: Tensor | None) -> Tensor:
             continue
         step = torch.from_numpy(linalg.cho_solve(factor, wanted.numpy(), check_finite=False))
         found = taps + step
+        del normal, factor  # of four times the weight
         better = _squared(w, found, gram) <= _squared(w, taps, gram)
         return found if better else taps
     return taps
@@ -121,7 +122,7 @@ def best_taps(w: Tensor, gram: Tensor | None) -> Tensor:
 def diagonal_sums(matrix: Tensor) -> Tensor:
     """``d -> sum of matrix[i, j] over i - j = d``, from 1 - n to m - 1."""
     m, n = matrix.shape
-    at = torch.arange(m)[:, None] - torch.arange(n) + n - 1
+    at = torch.arange(m, dtype=torch.int32)[:, None] - torch.arange(n, dtype=torch.int32) + n - 1
     return matrix.new_zeros(m + n - 1).index_add(0, at.flatten(), matrix.flatten())
 
 
@@ -131,18 +132,16 @@ def _normal_matrix(gram: Tensor, m: int) -> Tensor:
     One step down a diagonal one product enters the sum and one leaves it.
     """
     n = len(gram)
-    turned = gram.flip(0, 1)
     normal = gram.new_zeros(m + n - 1, m + n - 1)
     for row, into in enumerate(normal):
         if row:
             into[1:] = normal[row - 1, :-1]
         if row < n:
-            into[:n] += turned[row]
+            into[:n] += gram[n - 1 - row].flip(0)
         if row >= m:
-            into[m:] -= turned[row - m, : n - 1]
+            into[m:] -= gram[n - 1 - row + m, 1:].flip(0)
     return normal
 
 
 def _squared(w: Tensor, taps: Tensor, gram: Tensor) -> float:
-    gap = w - spread(taps, w.shape[1])
-    return float(((gap @ gram) * gap).sum())
+    return squared_norm(w - spread(taps, w.shape[1]), gram)

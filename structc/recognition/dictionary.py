@@ -16,6 +16,8 @@ Array = NDArray[Any]
 PROBES = 4
 SILENT = 1e-9
 """Rows of a transform below it are zero but for rounding."""
+HIDDEN = 1e-6
+"""Of the largest column: smaller ones tell nothing of a transform."""
 PURE, WINDOWED = 0.98, 0.5
 """Share of a row's energy in its largest coefficient, with flat columns and with a window."""
 
@@ -67,11 +69,17 @@ def _rows_of(matrix: Matrix, kind: str, window: Array | None) -> Scrambled | Non
     picked = picked[~empty[picked]]
     flat = _flattened(values[picked], window)
     energy = np.abs(kinds.analyse(kind, flat)) ** 2
-    share = PURE if window is None else WINDOWED
+    share = PURE
+    if window is not None:  # a row that is seen in part leaks into other coefficients
+        share = WINDOWED * float((window > HIDDEN * window.max()).mean())
     if not len(picked) or (energy.max(axis=1) < share * energy.sum(axis=1)).any():
         return None
-    coefficients = kinds.analyse(kind, _flattened(values, window))
-    rows = np.abs(coefficients).argmax(axis=1)
+    flat = _flattened(values, window)
+    coefficients = kinds.analyse(kind, flat)
+    likeness = np.abs(coefficients)
+    if window is not None and (flat == 0).all(axis=0).any():
+        likeness = _likeness(kind, flat)
+    rows = likeness.argmax(axis=1)
     r = coefficients[np.arange(m), rows]
     if 2 * len(np.unique(rows[~empty])) < m - empty.sum():
         return None  # few rows again and again: that is low rank
@@ -91,7 +99,14 @@ def _flattened(rows: Array, window: Array | None) -> Array:
     """Without the window; columns that it hides stay zero."""
     if window is None:
         return rows
-    return np.divide(rows, window, out=np.zeros_like(rows), where=window > 1e-6 * window.max())
+    return np.divide(rows, window, out=np.zeros_like(rows), where=window > HIDDEN * window.max())
+
+
+def _likeness(kind: str, rows: Array) -> Array:
+    """Cosines between rows and those of a transform, on the columns that are seen at all."""
+    seen = ~(rows == 0).all(axis=0)
+    norms = np.linalg.norm(kinds.forward(kind, np.eye(rows.shape[1]))[seen], axis=0)
+    return _divided(np.abs(kinds.forward(kind, rows.conj())), np.where(norms > SILENT, norms, 0))
 
 
 def _unused(taken: Array, count: int, wanted: int) -> Array:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.fft
-import scipy.linalg
+import torch
 from numpy.typing import NDArray
+
+from structc import spectral
+from structc.spectral_steps import Transform
 
 Array = NDArray[Any]
 COMPLEX = ("dft", "idft")
@@ -42,24 +44,8 @@ def forward(kind: str, x: Array) -> Array:
     >>> forward("hartley", np.eye(4)).round(9)[1].tolist()
     [1.0, 1.0, -1.0, -1.0]
     """
-    if kind == "dft":
-        return np.asarray(scipy.fft.fft(x))
-    if kind == "idft":
-        return np.asarray(scipy.fft.ifft(x))
-    if kind in ("hartley", "rdft") and np.iscomplexobj(x):
-        return forward(kind, x.real) + 1j * forward(kind, x.imag)
-    if kind == "hartley":
-        spectrum = scipy.fft.fft(x)
-        return np.asarray(spectrum.real - spectrum.imag)
-    if kind == "hadamard":
-        return _hadamard(x)
-    if kind == "haar":
-        return _haar(x)
-    if kind == "rdft":
-        spectrum = scipy.fft.rfft(x)
-        return np.concatenate([spectrum.real, spectrum.imag], axis=1)
-    one = scipy.fft.dct if kind.startswith("dct") else scipy.fft.dst
-    return np.asarray(one(x, type=int(kind[-1])))
+    given = torch.from_numpy(np.ascontiguousarray(x))
+    return spectral.transform(given, Transform(kind, x.shape[1])).numpy()
 
 
 def analyse(kind: str, x: Array) -> Array:
@@ -75,12 +61,10 @@ def analyse(kind: str, x: Array) -> Array:
     ...     assert np.allclose(left @ t, t), kind
     """
     n = x.shape[1]
-    if kind == "dft":
-        return np.asarray(scipy.fft.ifft(x))
-    if kind == "idft":
-        return np.asarray(scipy.fft.fft(x))
+    if kind in COMPLEX:
+        return forward("idft" if kind == "dft" else "dft", x)
     before, after = diagonals(kind, n)
-    return np.asarray(forward(kind, x * before) * after)
+    return forward(kind, x * before) * after
 
 
 def diagonals(kind: str, n: int) -> tuple[Array, Array]:
@@ -130,25 +114,3 @@ def transposed(kind: str, n: int) -> tuple[str, Array, Array] | None:
     elif kind == "rdft":
         right = 1 / diagonals("rdft", n)[1]
     return TRANSPOSE.get(kind, kind), left, right
-
-
-def _hadamard(x: Array) -> Array:
-    """The Kronecker product of factors of at most 64 x 64: few passes over memory."""
-    rows, n = x.shape
-    width = 1
-    while width < n:
-        size = min(64, n // width)
-        factor = scipy.linalg.hadamard(size).astype(np.float64)
-        x = np.matmul(factor, x.reshape(-1, size, width))
-        width *= size
-    return x.reshape(rows, n)
-
-
-def _haar(x: Array) -> Array:
-    """Orthonormal: the mean first, then details from coarse to fine."""
-    details = []
-    while x.shape[1] > 1:
-        even, odd = x[:, ::2], x[:, 1::2]
-        details.append((even - odd) / np.sqrt(2))
-        x = (even + odd) / np.sqrt(2)
-    return np.concatenate([x, *details[::-1]], axis=1)

@@ -90,9 +90,10 @@ def test_steps_end_at_the_least_squares_solution(at: int, monkeypatch: pytest.Mo
     chain = [torch.randn(f.shape, generator=g, dtype=torch.float64) for f in chain]
     weight = torch.randn(18, 12, generator=g, dtype=torch.float64)
     x = torch.randn(12, 30, generator=g, dtype=torch.float64)
-    gram, outer = x @ x.mT, (1, 2, 2, 1)
+    gram = x @ x.mT
     left, right = weight.new_ones(1, 1, 1, 18), weight.new_ones(12, 1, 1, 1)
-    parts = [butterfly._parted(f, outer[s], outer[s + 1]) for s, f in enumerate(chain)]
+    ranks = butterfly._ranks(chain, 2)
+    parts = [butterfly._parted(f.clone(), *r) for f, r in zip(chain, ranks, strict=True)]
     for part in parts[:at]:
         left = butterfly._wider(left, part)
     for part in reversed(parts[at + 1 :]):
@@ -102,7 +103,7 @@ def test_steps_end_at_the_least_squares_solution(at: int, monkeypatch: pytest.Mo
     found = [*chain[:at], parts[at].reshape(chain[at].shape), *chain[at + 1 :]]
 
     def output(factors: list[torch.Tensor]) -> torch.Tensor:
-        return butterfly._product(factors, x)
+        return Butterfly(factors, 2).to_dense().detach() @ x
 
     units = torch.eye(chain[at].numel(), dtype=torch.float64).reshape(-1, *chain[at].shape)
     columns = [output([*chain[:at], unit, *chain[at + 1 :]]).flatten() for unit in units]

@@ -97,7 +97,26 @@ def test_the_exact_tier_takes_them() -> None:
     assert any("circulant" in note for note in report["notes"]), report["notes"]
     rows = {s["name"]: s for s in report["sites"]}
     (exact,) = [c for c in rows["thin"]["candidates"] if c["family"] == "low_rank"]
-    assert exact["error"] == 0.0
+    assert exact["exact"] and exact["error"] < 1e-6  # rounding, and said to be that
+    assert rows["thin"]["exact"] == (rows["thin"]["choice"]["family"] == "low_rank")
+
+
+@pytest.mark.parametrize("asked", ["circulant", {"family": "circulant"}])
+def test_a_forced_family_is_the_recognised_structure_where_the_weight_has_it(asked) -> None:
+    model, x = Planted().eval(), torch.randn(96, N)
+    fast = structc.compile(
+        model, x, budget=structc.Budget(error=0.5), config={"ring": asked}, effort="none"
+    )
+    rows = {s["name"]: s for s in fast.report.to_dict()["sites"]}
+    (exact,) = [c for c in rows["ring"]["candidates"] if c["family"] == "circulant"]
+    assert exact["exact"]
+
+
+def test_inspect_says_what_is_exact() -> None:
+    rows = structc.inspect(Planted().eval(), torch.randn(96, N)).to_dict()["sites"]
+    exact = {(r["name"], c["family"]) for r in rows for c in r["candidates"] if c["exact"]}
+    assert {("ring", "circulant"), ("thin", "low_rank")} <= exact
+    assert ("noise", "low_rank") not in exact
 
 
 @pytest.mark.parametrize("runner", ["modules", "graph"])

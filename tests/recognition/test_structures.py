@@ -82,6 +82,7 @@ EXACT: dict[str, tuple[str, Maker]] = {
     "rows of a dct": ("permuted dct2", lambda: fixed("dct2", 64)[rng().permutation(64)[:30]]),
     "stft": ("rdft", lambda: stft(64, 64)),
     "padded stft": ("rdft", lambda: stft(64, 50)),
+    "stft of a short window": ("rdft", lambda: stft(64, 30)),
     "part of an stft": ("rdft", lambda: stft(64, 64)[np.r_[0:20, 33:53]]),
     "istft": ("irdft", lambda: stft(64, 64).T),
     **{k: (k, lambda k=k: fixed(k, 32)) for k in kinds.REAL if k not in ("rdft", "haar")},  # type: ignore[misc]
