@@ -3,6 +3,7 @@
     python examples/bench_fits.py --data FOLDER     with stsb-en-train.csv
     python examples/bench_fits.py --data FOLDER --table     each family on each layer, too
     python examples/bench_fits.py                   the projection alone
+    python examples/bench_fits.py --large 4096     time and memory at this size (Linux)
 
 Every layer of all-MiniLM-L6-v2 but the pooler becomes low rank with the same share of parameters;
 fits see a sixth of the training pairs, the correlation is read on others. Nothing is fine-tuned.
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from examples.bench_minilm import read_pairs, spearman
 from examples.minilm import batches, load
-from structc.families import BY_NAME, Butterfly, Monarch
+from structc.families import BY_NAME, Butterfly, Monarch, Pixelfly
 from structc.inputs import to_call
 from structc.passes.calibrate import calibrate
 from structc.passes.capture import capture
@@ -151,6 +152,46 @@ def drops(
         yield share, drop(blind, share), drop(aware, share)
 
 
+def large(size: int) -> Iterator[str]:
+    """Lines: seconds and peak memory, in weights of float64, of a fit to noise; blind, on data."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator)
+    x = torch.randn(size * 3 // 2, size, generator=generator, dtype=torch.float64)
+    x *= torch.logspace(0, -1.5, size, dtype=torch.float64)
+    gram = x.T @ x / len(x)
+    del x
+    half, side = size * size // 2, 2 ** (size.bit_length() // 2)
+    hypers: dict[str, dict[str, Any]] = {
+        "low_rank": {"rank": size // 4},
+        "monarch": {"in_blocks": 4, "out_blocks": 4, "rank": size // 16},
+        "blast": {"blocks": 8, "rank": half // (2 * size + 64)},
+        "pixelfly": dict(Pixelfly.proposals(size, size)[0]),
+        "kronecker": {"in_outer": side, "out_outer": side, "terms": side // 2},
+        "butterfly": dict(Butterfly.proposals(size, size)[0]),
+        "block_sparse": {"height": 64, "width": 64, "count": half // 4096},
+        "block_diagonal": {"blocks": 2, "order": "clustered"},
+        "displacement": {"rank": 2},
+        **{name: {} for name in ("toeplitz", "hankel", "circulant")},
+    }
+    for name, hyper in hypers.items():
+        cells = []
+        for metric in (None, gram):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+            before, start = _memory("VmRSS"), time.perf_counter()
+            module = BY_NAME[name].fit(weight, metric, **hyper)  # type: ignore[attr-defined]
+            seconds, peak = time.perf_counter() - start, _memory("VmHWM") - before
+            cells.append(
+                f"{seconds:6.1f} s {peak / (8 * size * size):5.1f}x  error {module.fit_error:.3f}"
+            )
+        yield f"{name:16}" + "   ".join(cells) + f"   {hyper}"
+
+
+def _memory(key: str) -> int:
+    """Bytes that the kernel says this process holds."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
 def projection(size: int = 4096) -> float:
     """Seconds of a Monarch projection: a 4 x 4 grid, rank for half of the parameters."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
@@ -166,7 +207,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default=".models")
     parser.add_argument("--data", type=Path, help="folder with stsb-en-train.csv")
     parser.add_argument("--table", action="store_true", help="every family on every layer")
+    parser.add_argument("--large", type=int, metavar="SIZE", help="time and memory at this size")
     options = parser.parse_args(argv)
+    if options.large:
+        print("family            without data: seconds, peak in weights of float64   with data")
+        for line in large(options.large):
+            print(line, flush=True)
+        return
     print(f"Monarch projection of 4096 x 4096, 4 x 4 grid, rank 256: {projection():.1f} s")
     if options.data is None:
         return

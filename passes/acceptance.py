@@ -24,6 +24,12 @@ log = logging.getLogger("structc.acceptance")
 AHEAD = 1.2
 """So many times as fast as PyTorch's a dense kernel must be for Inductor not to do better: it fuses
 activations, and merges the products of one input."""
+UNFILTERED = (
+    "long convolutions by FFT do not agree with the model on the data: they stay as they are, and "
+    "the module tree runs without graphs"
+)
+BLAME = 0.5
+"""Filters are what is wrong if the error without them is below this share."""
 SAME = 1.01
 """Errors of two versions of one plan may differ by rounding alone."""
 Progress = Callable[[str, int, int], None]
@@ -78,9 +84,11 @@ def verify_product(
     if not verify:
         unseen = Verification(math.nan, None, "", None, None, None, True, 0)
         return product, plan, replace(unseen, replaced=frozenset(product.replaced))
-    tolerance = _tolerance(lab)
+    tolerance, filtered = _tolerance(lab), bool(lab.captured.filters)
     settled = _roll_back(lab, table, plan, product, tolerance, progress)
     notes = list(lab.quality.notes if lab.quality else ())
+    if filtered and not lab.captured.filters:
+        notes.append(UNFILTERED)
     if not settled.measured.held:
         notes.append("the model's own layers do not agree with it: is it deterministic?")
     raced = _raced(lab, table, settled, effort, progress, fast_chains)
@@ -127,6 +135,8 @@ def _roll_back(
     while True:
         progress("verify", rounds, rounds + 1)
         measured = _measure(lab, product, tolerance)
+        if not measured.held and lab.captured.filters and not rounds:
+            product, measured = _blamed(lab, product, measured, tolerance, plan, table)
         if measured.held or not product.replaced:
             break
         log.info("rolling back: error %.3g, metric %s", measured.error, measured.metric)
@@ -138,17 +148,27 @@ def _roll_back(
             plan = back
         product = lab.product(plan, table, untouched)
         rounds += 1
-    if not measured.held and lab.captured.filters:
-        log.warning("long filters by FFT do not agree with the model on the data: not used")
-        lab.forget_filters()
-        product = lab.product(plan, table, untouched)
-        measured = _measure(lab, product, tolerance)
     if not measured.held and product.runners:
         log.warning("the exported graphs do not agree with the model on the data: not used")
         set_way(product, "modules")
         product = replace(product, runners=())
         measured = _measure(lab, product, tolerance)
     return Settled(product, plan, frozenset(untouched), measured)
+
+
+def _blamed(
+    lab: Lab, product: Product, measured: Measured, tolerance: float, plan: Plan, table: Table
+) -> tuple[Product, Measured]:
+    """The same plan without long filters by FFT, where these are what is wrong."""
+    before = lab.captured
+    lab.forget_filters()
+    other = lab.product(plan, table, set(lab.untouched))
+    now = _measure(lab, other, tolerance)
+    if now.held or now.error < BLAME * measured.error or not product.replaced:
+        log.warning("%s", UNFILTERED)
+        return other, now
+    lab.captured = before
+    return product, measured
 
 
 def _measure(lab: Lab, product: Product, tolerance: float) -> Measured:

@@ -25,6 +25,8 @@ from structc.workdir import WorkDir
 
 log = logging.getLogger("structc.calibrate")
 
+CONSTANT = 1e-6
+"""Variance below this share of the mean square is rounding: the feature does not vary."""
 ROWS_AT_ONCE = 1024
 """Rows whose product is taken in float32 before it is added to the float64 sum."""
 Progress = Callable[[str, int, int], None]
@@ -355,4 +357,8 @@ def first_items(call: Call, items: int) -> Call:
 
 def centred(stats: InputStats) -> InputStats:
     """The moments about the mean: for sites whose bias absorbs ``(W - M) E[x]``."""
-    return replace(stats, gram=stats.gram - torch.outer(stats.mean, stats.mean))
+    gram = stats.gram - torch.outer(stats.mean, stats.mean)
+    constant = gram.diagonal() <= CONSTANT * stats.gram.diagonal()
+    gram[constant] = 0.0
+    gram[:, constant] = 0.0
+    return replace(stats, gram=gram)

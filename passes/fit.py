@@ -13,6 +13,7 @@ from torch import nn
 
 from structc.families import BY_NAME, AbstractFamily, Dense, LowRank
 from structc.families.base import AbstractStructured
+from structc.numerics import tolerance
 from structc.passes.objective import Objective, Objectives
 from structc.records import Candidate, Hyper, LinearSite, Price, Refusal
 from structc.workdir import WorkDir
@@ -89,7 +90,8 @@ def fit_candidates(
                 form.flops,
                 errors[key],
                 price,
-                exact=family == Dense.name or objective.is_known(family, hyper),
+                exact=family == Dense.name
+                or (objective.is_known(family, hyper) and errors[key] <= tolerance(site.dtype)),
             )
         )
     work.put(f"errors-{site.name}", errors)
@@ -99,7 +101,11 @@ def fit_candidates(
 def _low_rank_errors(
     objective: Objective, proposals: Sequence[Proposal], errors: dict[str, float]
 ) -> None:
-    hypers = [h for f, h, _ in proposals if f == LowRank.name and _key(f, h) not in errors]
+    hypers = [
+        h
+        for f, h, _ in proposals
+        if f == LowRank.name and _key(f, h) not in errors and not objective.is_known(f, h)
+    ]
     if hypers and bool(torch.isfinite(objective.weight).all()):
         curve = objective.low_rank_errors([h["rank"] for h in hypers])
         errors.update({_key(LowRank.name, h): e for h, e in zip(hypers, curve, strict=True)})

@@ -256,7 +256,8 @@ class Candidate:
         error: relative output error under the calibration Gram, each direction weighted by what
             the model's output feels of it where that is known.
         price: its latency at the site's rows.
-        exact: the weight is of this class: the error is rounding, of which no budget speaks.
+        exact: the weight is of this class and the error, on the data too, is rounding: no budget
+            speaks of it.
     """
 
     site: str

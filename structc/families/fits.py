@@ -25,8 +25,8 @@ Fit = TypeVar("Fit", bound=Callable[..., Any])
 
 LARGEST, SMALLEST = 1e100, 1e-100
 """Beyond these the squares of weights leave the range of float64."""
-SLACK = 1e-3
-"""Of the largest diagonal entry: what rounding, of narrow sums too, may do to a Gram matrix."""
+SLACK = 2e-2
+"""Of the largest diagonal entry: what sums in bfloat16 may do to a Gram matrix."""
 SAMPLES = 8
 SIDE = 128
 """Gaussian spectra are sampled at matrices of this short side: larger ones have the same shape."""
@@ -57,11 +57,12 @@ def analytic(fit: Fit) -> Fit:
             return refusal
         with torch.no_grad():
             try:
-                made = fit(cls, weight.detach().double(), _scaled(gram), **hyper)
+                metric = _scaled(gram)
+                made = fit(cls, weight.detach().double().contiguous(), metric, **hyper)
             except torch.linalg.LinAlgError as e:
                 reason = f"a decomposition does not converge: {e}"
                 return Refusal("", cls.name, "NUMERICS", reason)
-            return made if isinstance(made, Refusal) else _stored(made, weight, gram)
+            return made if isinstance(made, Refusal) else _stored(made, weight, metric)
 
     return cast(Fit, checked)
 
@@ -128,15 +129,18 @@ def _refuse_gram(family: str, gram: Tensor, n: int) -> Refusal | None:
         return refuse("GRAM_DTYPE", f"a Gram matrix of {gram.dtype} is not E[x x^T] of real inputs")
     if not bool(torch.isfinite(gram).all()):
         return refuse("GRAM_NONFINITE", "the calibration Gram matrix is not finite")
-    if n and (reason := _no_gram(gram.detach().double())):
+    if n and (reason := _no_gram(gram.detach().double(), torch.finfo(gram.dtype).eps)):
         return refuse("NOT_A_GRAM", f"this is no E[x x^T]: {reason}")
     return None
 
 
-def _no_gram(c: Tensor) -> str:
+def _no_gram(c: Tensor, eps: float) -> str:
     """What tells at a look that a matrix is no Gram matrix, or nothing."""
     diagonal = c.diagonal()
-    level = SLACK * float(diagonal.abs().max())
+    largest = float(diagonal.abs().max())
+    if largest > LARGEST**3:
+        return f"entries of {largest:.1e} leave float64's range"
+    level = max(SLACK, 8 * eps) * largest
     if float(diagonal.min()) < -level:
         return f"its diagonal goes down to {float(diagonal.min()):.2g}"
     root = diagonal.clamp_min(0).sqrt()
@@ -154,14 +158,26 @@ def _scaled(gram: Tensor | None) -> Tensor | None:
     if gram is None:
         return None
     level = float(gram.diagonal().double().mean())
-    if level <= 0:
-        return None  # inputs that are zero, or constant up to rounding, say nothing of a fit
+    if level < SMALLEST**3:
+        return None  # inputs that are zero say nothing of a fit
     c = gram.detach().double() * 2.0 ** -math.frexp(level)[1]  # a power of two: nothing is rounded
     for first in range(0, len(c), ROWS):  # no second matrix of this size
         now = slice(first, first + ROWS)
         even = (c[now, first:] + c[first:, now].mT).mul_(0.5)
         c[now, first:], c[first:, now] = even, even.mT
-    return c
+    return c if gram.dtype == torch.float64 else _without_rounding(c)
+
+
+def _without_rounding(c: Tensor) -> Tensor:
+    """A Gram of narrow numbers without what their rounding left in directions of no data.
+
+    Its negative eigenvalues say how large that is; positive ones of this size are the same.
+    """
+    values, vectors = torch.linalg.eigh(c)
+    noise = float(-values[0])
+    if noise <= 0:
+        return c
+    return (vectors * torch.where(values > 2 * noise, values, 0.0)) @ vectors.mT
 
 
 def _stored(made: AbstractFamily, weight: Tensor, gram: Tensor | None) -> AbstractFamily | Refusal:

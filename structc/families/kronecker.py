@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from structc.families.base import AbstractStructured, balanced, with_epilogue
 from structc.families.fits import analytic, gaussian_tail, refuse_grid, refuse_rank
 from structc.families.low_rank import leading
-from structc.families.solves import RIDGE, Factors, conjugate, damped_inverse, descend
+from structc.families.solves import (
+    RIDGES,
+    Factors,
+    conjugate,
+    damped_inverse,
+    damped_solve,
+    descend,
+)
 from structc.forms import Shared, Tile
 from structc.records import Hyper, Refusal
 
 FRACTIONS = (0.5, 0.25)
 """Of the dense products: the factors are small, but each is used many times."""
-SWEEPS, FEW, LARGE = 10, 2, 2048
-"""Sweeps of a fit; fewer above LARGE x LARGE."""
+SWEEPS, FEW, LARGE = 10, 1, 2048
+"""Sweeps of a fit; one above LARGE x LARGE, where it takes a quarter of a minute."""
+JOINT = 1024
+"""Unknowns a row up to which a half-sweep is solved exactly."""
 TURNS = 4
 """Conjugate-gradient steps of a half-sweep; each lowers the error."""
 
@@ -175,24 +184,39 @@ class _Weighted:
         return pair[0], self._moved(pair, 1, _pulled(gap, pair, 1))
 
     def _moved(self, pair: Factors, at: int, pull: Tensor) -> Tensor:
-        """One of both factors moved towards the best one for the other.
+        """One of both factors moved to the best one for the other, or towards it if it is large.
 
         Were C the Kronecker product C1 (x) C2, its system would be one of two small matrices: the
         preconditioner.
         """
         other = pair[1 - at]
+        terms, rows, side = pair[at].shape
+        if terms * side <= JOINT:
+            system = self._system(other, at)
+            change = damped_solve(system, pull.transpose(0, 1).reshape(rows, terms * side).mT).mT
+            return pair[at] + change.reshape(rows, terms, side).transpose(0, 1)
         weighed = (other @ self.metrics[1 - at]).flatten(1)
-        terms = damped_inverse(weighed @ other.flatten(1).mT)
-        columns = damped_inverse(self.metrics[at])
+        by_term = damped_inverse(weighed @ other.flatten(1).mT)
+        by_column = damped_inverse(self.metrics[at])
 
         def image(t: Tensor) -> Tensor:
             dense = _dense(t, other) if at == 0 else _dense(other, t)
             return _pulled(dense @ self.gram, pair, at)
 
         def tame(t: Tensor) -> Tensor:
-            return (terms @ t.flatten(1)).reshape(t.shape) @ columns
+            return (by_term @ t.flatten(1)).reshape(t.shape) @ by_column
 
         return conjugate(image, tame, pair[at], pull, (0, 2), TURNS)[0]
+
+    def _system(self, other: Tensor, at: int) -> Tensor:
+        """``Z_qt[x, u] = sum_yv C[(x, y), (u, v)] (B_q^T B_t)[y, v]``, or the same for B."""
+        n1, terms = len(self.metrics[0]), len(other)
+        pairs = self.gram.reshape(n1, -1, n1, len(self.gram) // n1).transpose(1, 2)
+        pairs = pairs.reshape(n1 * n1, -1)
+        inner = torch.einsum("qsy,tsv->yvqt", other, other).reshape(-1, terms * terms)
+        made, side = (pairs if at == 0 else pairs.mT) @ inner, len(self.metrics[at])
+        made = made.reshape(side, side, terms, terms).permute(2, 0, 3, 1)
+        return made.reshape(terms * side, terms * side)
 
 
 def _pulled(product: Tensor, pair: Factors, at: int) -> Tensor:
@@ -220,5 +244,5 @@ def _whitened(weight: Tensor, metrics: Factors, a: Tensor, b: Tensor) -> Factors
 def _roots(metric: Tensor) -> Factors:
     """C^(1/2) and its inverse, of what is not negligible."""
     values, vectors = torch.linalg.eigh(metric)
-    root = values.clamp_min(RIDGE * values[-1]).sqrt()
+    root = values.clamp_min(RIDGES[2] * values[-1]).sqrt()
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

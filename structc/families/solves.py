@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-RIDGE = 1e-10
-"""Of the mean diagonal, added to every system."""
+RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+"""Of the mean diagonal, added to every system: the first that makes it definite."""
+FLAT = 1e-5
+"""Curvature below this share of what the preconditioner expects is rounding: no step is taken."""
 PROGRESS = 3e-3
 """A fit stops when a sweep lowers the squared error by less than this share."""
 
@@ -28,23 +30,29 @@ class Sweeps(Protocol):
 
 
 def descend(sweeps: Sweeps, start: Factors, most: int) -> Factors:
-    """Up to so many sweeps, each from a point beyond the last one if that is better.
+    """Up to so many sweeps, each from a point beyond the last one if that is better: the best.
 
     Alternating steps creep along valleys in a direction that hardly changes. Going on in it costs
     nothing, since a sweep begins with what tells the error of its starting point; where that is
-    not below the last one's, the sweep starts from where the steps ended.
+    not well below where the last sweep began, the sweep starts from where the steps ended.
     """
     x, before, error, run = start, start, math.inf, 0
-    for _ in range(most):
-        pace = run / (run + 3)
-        ahead = tuple(f + pace * (f - g) for f, g in zip(x, before, strict=True))
-        now = sweeps.at(ahead) if run else math.inf
-        if now >= error or not run:
-            run, now = 0, sweeps.at(x)
-        if now > error * (1 - PROGRESS):
-            return x
+    best, least = start, math.inf
+    for turn in range(most + 1):
+        wanted, point = error * (1 - PROGRESS), x
+        if run:
+            pace = run / (run + 3)
+            point = tuple(f + pace * (f - g) for f, g in zip(x, before, strict=True))
+        now = sweeps.at(point)
+        if run and not now <= wanted:
+            point, run = x, 0
+            now = sweeps.at(x)
+        if now < least:
+            best, least = point, now
+        if not now <= wanted or turn == most:
+            break
         before, x, error, run = x, sweeps.sweep(), now, run + 1
-    return x
+    return best
 
 
 def damped_solve(system: Tensor, residual: Tensor) -> Tensor:
@@ -54,20 +62,28 @@ def damped_solve(system: Tensor, residual: Tensor) -> Tensor:
     the ridge makes each step a proximal one: it lowers the error whatever the rank of N, directions
     that N does not see stay as they are, and repeated steps end at the exact solution.
     """
-    return torch.cholesky_solve(residual, _damped_root(system))
+    return torch.cholesky_solve(residual, _damped_root(system, RIDGES))
 
 
 def damped_inverse(system: Tensor) -> Tensor:
-    """``(N + eps I)^-1`` of the same systems."""
-    return torch.cholesky_inverse(_damped_root(system))
+    """``(N + eps I)^-1`` as a preconditioner: directions of rounding alone are not blown up."""
+    return torch.cholesky_inverse(_damped_root(system, RIDGES[2:]))
 
 
-def _damped_root(system: Tensor) -> Tensor:
+def _damped_root(system: Tensor, ridges: Sequence[float]) -> Tensor:
+    """The Cholesky factor with the least ridge that makes the system definite.
+
+    A Gram that was summed in a narrow dtype has negative eigenvalues of its rounding.
+    """
     size = system.shape[-1]
     level = system.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    ridge = RIDGE * level + torch.finfo(system.dtype).tiny
-    damped = system + torch.diag_embed(ridge.expand(*ridge.shape[:-1], size))
-    return torch.linalg.cholesky(damped)
+    for ridge in ridges:
+        amount = ridge * level + torch.finfo(system.dtype).tiny
+        damped = system + torch.diag_embed(amount.expand(*amount.shape[:-1], size))
+        root, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()):
+            return root
+    raise torch.linalg.LinAlgError("a system of least squares is not positive semidefinite")
 
 
 def conjugate(
@@ -93,7 +109,7 @@ def conjugate(
     for _ in range(turns):
         moved = image(step)
         slope = (step * moved).sum(dims, keepdim=True)
-        far = torch.where(slope > 0, size / slope, 0.0)
+        far = torch.where(slope > FLAT * size, size / slope, 0.0)
         t, residual = t + far * step, residual - far * moved
         tamed = tame(residual)
         size, before = (residual * tamed).sum(dims, keepdim=True), size

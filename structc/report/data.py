@@ -275,6 +275,7 @@ def tier(rows: Sequence[Json], sites: Sites) -> str:
     dtypes = {s.name: s.dtype for s in sites.linear}
     changed = [r for r in rows if r["rewritten"]]
     exact = all(
-        r["error"] is not None and r["error"] <= tolerance(dtypes[r["name"]]) for r in changed
+        r["exact"] or (r["error"] is not None and r["error"] <= tolerance(dtypes[r["name"]]))
+        for r in changed
     )
     return "exact" if exact else "approximate"

@@ -17,8 +17,9 @@ def explanations(data: Json) -> dict[str, str]:
     found = {str(site["name"]): "\n".join(_lines(clean(site))) for site in data["sites"]}
     others: dict[str, list[str]] = {}
     for refusal in data["refusals"]:
+        refusal = clean(refusal)
         name = str(refusal["site"])
-        if name and name not in found:
+        if name and name not in found and refusal["family"] != "capture":
             lines = others.setdefault(name, [f"{name}: stays as it is"])
             lines.append(f"  refused   {refusal['family'].replace('_', ' ')}: {refusal['reason']}")
     return found | {name: "\n".join(lines) for name, lines in others.items()}

@@ -42,13 +42,13 @@ _CANDIDATE = {
     **dict.fromkeys(_MEASURES, MAYBE),
     **dict.fromkeys(("params", "flops"), WHOLE),
     **dict.fromkeys(("kernel", "baseline", "source", "form", "status", "why"), TEXT),
-    "diverged": FLAG,
+    **dict.fromkeys(("diverged", "exact"), FLAG),
     "config": _HYPER,
 }
 _SITE = {
     **dict.fromkeys(("name", "dtype", "activation", "shared_input", "kernel"), TEXT),
     **dict.fromkeys(("in_features", "out_features", "rows"), WHOLE),
-    **dict.fromkeys(("bias", "rewritten", "rolled_back", "diverged"), FLAG),
+    **dict.fromkeys(("bias", "rewritten", "rolled_back", "diverged", "exact"), FLAG),
     **dict.fromkeys(("time_share", "sensitivity", "dense_ms", "chosen_ms", "speedup"), MAYBE),
     **dict.fromkeys(("params_kept", "error"), MAYBE),
     "params": MAYBE_WHOLE,
