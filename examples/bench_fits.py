@@ -93,6 +93,7 @@ def table(found: Sequence[Layer], share: float) -> Iterator[str]:
     names = list(sized(384, 384, share))
     yield f"{'layer':34}" + "".join(f"{name:>15}" for name in names) + "  best"
     times, wins = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    found_errors: list[list[float]] = []
     gains: list[list[float]] = []
 
     def one(layer: Layer) -> tuple[list[float], list[float], list[float]]:
@@ -113,11 +114,16 @@ def table(found: Sequence[Layer], share: float) -> Iterator[str]:
             wins[best] += 1
             for name, second in zip(names, seconds, strict=True):
                 times[name] += second
+            found_errors.append(errors)
             gains.append([e / errors[0] for e in errors])
             cells = "".join(f"{e:>8.3f}/{null:.3f} " for e, null in zip(errors, nulls, strict=True))
             yield f"{layer[0].removeprefix('encoder.layer.'):34}{cells} {best}"
     yield f"{'seconds, all layers':34}" + "".join(f"{times[name]:>14.1f} " for name in names)
     yield f"{'best on so many layers':34}" + "".join(f"{wins[name]:>14} " for name in names)
+    below = [sum(r <= 1 for r in column) for column in zip(*gains, strict=True)]
+    yield f"{'at or below low rank on':34}" + "".join(f"{count:>14} " for count in below)
+    medians = [statistics.median(e) for e in zip(*found_errors, strict=True)]
+    yield f"{'median error':34}" + "".join(f"{error:>14.3f} " for error in medians)
     ratios = [statistics.median(r) for r in zip(*gains, strict=True)]
     yield f"{'median error / low rank':34}" + "".join(f"{ratio:>14.3f} " for ratio in ratios)
     yield f"{len(found)} layers in {time.perf_counter() - start:.0f} s"

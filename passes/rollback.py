@@ -46,7 +46,7 @@ def milder(plan: Plan, table: Table, share: float, least: int = 1) -> Plan | Non
     if all(c.family == Dense.name for c in before.values()):
         return None
     allowed = {
-        site: [c for c in table[site] if c.exact or c.family == Dense.name or c.error <= chosen.error]
+        site: [c for c in table[site] if c.exact or c.error <= chosen.error]
         for site, chosen in before.items()
     }
     total = sum(squared_error(c, weights) for c in before.values())

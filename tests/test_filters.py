@@ -133,6 +133,24 @@ def test_wrong_filters_do_not_survive_verification(monkeypatch: pytest.MonkeyPat
     assert not any("run by FFT" in note for note in notes)
 
 
+def test_wrong_filters_do_not_cost_the_layers_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from structc import filters as operator
+    from structc.passes import filters
+
+    long = nn.Conv1d(4, 4, 1025, padding=512, groups=4)
+    model, x = nn.Sequential(long, nn.Linear(2048, 256)).eval(), torch.randn(2, 4, 2048)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(256, 6) @ torch.randn(6, 2048) / 100)
+    monkeypatch.setattr(filters, "_agree", lambda *_: True)
+    wrong = lambda *a: filter_reference(*a).roll(1, -1)  # noqa: E731
+    monkeypatch.setattr(operator, "filter_reference", wrong)
+    budget, config = structc.Budget(error=0.1), {"1": "low_rank"}
+    fast = structc.compile(model, x, effort="none", budget=budget, config=config)
+    report = fast.report.to_dict()
+    assert fast.plan.choices["1"].family == "low_rank" and not report["sites"][0]["rolled_back"]
+    assert any("do not agree with the model" in note for note in report["notes"])
+
+
 def test_the_baseline_is_the_model_with_its_own_convolutions() -> None:
     captured = capture(Mixer().eval(), to_call(torch.randn(2, 4, 2048)))
     assert set(captured.filters) == {"long"} and type(captured.tree.long) is nn.Conv1d

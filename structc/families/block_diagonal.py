@@ -102,7 +102,7 @@ class BlockDiagonal(AbstractStructured):
             groups = torch.arange(len(weight)), torch.arange(weight.shape[1])
             return cls(_solved(weight, gram, *groups, blocks))
         best: tuple[float, Self] | None = None
-        sizes = [weight.new_ones(())] if gram is None else [weight.new_ones(()), gram.diagonal()]
+        sizes = [weight.new_ones(()), *([] if gram is None else [gram.diagonal()])]
         for size in sizes:  # what the weights say alone, and weighed by the size of inputs
             rows, columns = _grouped(weight, weight.square().mul_(size), blocks)
             made = cls(_solved(weight, gram, rows, columns, blocks), columns, rows)

@@ -143,12 +143,9 @@ class Butterfly(AbstractStructured):
         return list(reversed(list(self.chain)))
 
     def to_dense(self) -> Tensor:
-        left, outer = (
-            self.chain[0].new_ones(1, 1, 1, self.out_features),
-            _ranks(list(self.chain), self.rank),
-        )
-        for factor, (before, after) in zip(self.chain, outer, strict=True):
-            left = _wider(left, _parted(factor, before, after))
+        left = self.chain[0].new_ones(1, 1, 1, self.out_features)
+        for factor, cuts in zip(self.chain, _ranks(len(self.chain), self.rank), strict=True):
+            left = _wider(left, _parted(factor, *cuts))
         return left[..., 0, 0]
 
 
@@ -207,9 +204,9 @@ def _most(n: int, m: int, levels: int) -> int:
 # ---------------------------------------------------------------------------- products
 
 
-def _ranks(chain: Sequence[Tensor], rank: int) -> list[tuple[int, int]]:
+def _ranks(levels: int, rank: int) -> list[tuple[int, int]]:
     """The rank before and behind each factor: 1 at both ends."""
-    return list(itertools.pairwise([1, *[rank] * (len(chain) - 1), 1]))
+    return list(itertools.pairwise([1, *[rank] * (levels - 1), 1]))
 
 
 def _parted(factor: Tensor, before: int, after: int) -> Tensor:
@@ -277,22 +274,24 @@ def _refine(weight: Tensor, gram: Tensor, chain: Sequence[Tensor], rank: int) ->
     """
     chain, product = list(chain), weight @ gram
     total, error = float((product * weight).sum()), math.inf
-    outer = _ranks(chain, rank)
+    outer, best = _ranks(len(chain), rank), list(chain)
     for _ in range(SWEEPS if weight.numel() <= LARGE**2 else FEW):
         lefts = [weight.new_ones(1, 1, 1, len(weight))]
         for s, factor in enumerate(chain[:-1]):
             lefts.append(_wider(lefts[s], _parted(factor, *outer[s])))
-        right, now = weight.new_ones(len(gram), 1, 1, 1), 0.0
+        right, lost = weight.new_ones(len(gram), 1, 1, 1), 0.0
         for s in reversed(range(len(chain))):
             part = _parted(chain[s].clone(), *outer[s])
-            now = _least(part, lefts[s], right, product, gram)
+            lost = _least(part, lefts[s], right, product, gram)
             chain[s] = part.reshape(chain[s].shape)
             if s:  # this factor now belongs to R
                 right = _longer(part, right)
-        if total + now > error * (1 - PROGRESS):
+        before, error = error, min(error, total + lost)
+        if total + lost <= error:
+            best = list(chain)
+        if error > before * (1 - PROGRESS):
             break
-        error = total + now
-    return chain
+    return best
 
 
 def _longer(part: Tensor, right: Tensor) -> Tensor:

@@ -62,7 +62,11 @@ def analytic(fit: Fit) -> Fit:
             except torch.linalg.LinAlgError as e:
                 reason = f"a decomposition does not converge: {e}"
                 return Refusal("", cls.name, "NUMERICS", reason)
-            return made if isinstance(made, Refusal) else _stored(made, weight, metric)
+            return (
+                made
+                if isinstance(made, Refusal)
+                else _stored(made, weight, gram if metric is None else metric)
+            )
 
     return cast(Fit, checked)
 

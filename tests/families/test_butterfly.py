@@ -92,7 +92,7 @@ def test_steps_end_at_the_least_squares_solution(at: int, monkeypatch: pytest.Mo
     x = torch.randn(12, 30, generator=g, dtype=torch.float64)
     gram = x @ x.mT
     left, right = weight.new_ones(1, 1, 1, 18), weight.new_ones(12, 1, 1, 1)
-    ranks = butterfly._ranks(chain, 2)
+    ranks = butterfly._ranks(3, 2)
     parts = [butterfly._parted(f.clone(), *r) for f, r in zip(chain, ranks, strict=True)]
     for part in parts[:at]:
         left = butterfly._wider(left, part)
