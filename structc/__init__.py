@@ -33,7 +33,7 @@ from structc.errors import (
 )
 
 if TYPE_CHECKING:
-    from structc import families, metrics
+    from structc import attention, families, metrics
     from structc.budget import Budget
     from structc.built import build
     from structc.compiled import CompiledModel
@@ -59,7 +59,7 @@ _LAZY = {
     "recognize": "structc.recognition",
     "reset": "structc.pipeline",
 }
-_MODULES = ("families", "metrics")
+_MODULES = ("attention", "families", "metrics")
 
 __all__ = [
     "ArtifactCorrupt",
@@ -82,6 +82,7 @@ __all__ = [
     "StructcError",
     "UnsupportedModel",
     "VerificationFailed",
+    "attention",
     "build",
     "compile",
     "compile_",

@@ -25,11 +25,11 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("boundary", "files", "records", "numerics", "hardware", "step"),
     ("spectral_steps",),
     ("steps", "spectral"),
-    ("forms",),
+    ("forms", "softmax"),
     ("names", "progress", "reference", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
-    ("filters",),
-    ("families", "metrics"),
+    ("filters", "attend"),
+    ("families", "attention", "metrics"),
     ("recognition",),
     ("passes", "codegen", "compiled", "report"),
     ("artifact", "options"),
@@ -59,7 +59,7 @@ PIPELINE = (
 def sources() -> list[tuple[str, Path]]:
     """(layer, file) of everything that is shipped; links are walked by their real folders."""
     found = [(p.stem, p) for p in sorted((ROOT / "structc").glob("*.py"))]
-    for package in ("families", "recognition", "artifact", "report", "cli", "sources"):
+    for package in ("families", "attention", "recognition", "artifact", "report", "cli", "sources"):
         found += [(package, p) for p in sorted((ROOT / "structc" / package).rglob("*.py"))]
     for package in ("passes", "codegen"):
         found += [(package, p) for p in sorted((ROOT / package).rglob("*.py"))]
@@ -212,7 +212,9 @@ def public_definitions() -> list[tuple[str, ast.AST]]:
         tree = ast.parse(file.read_text())
         assert ast.get_docstring(tree), f"{where} has no docstring"
         for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            if "overload" not in {ast.unparse(d) for d in node.decorator_list}:
                 found.append((f"{where}:{node.lineno}: {node.name}", node))
     return found
 

@@ -65,7 +65,12 @@ def pieces(spec: Spec) -> list[str]:
     """The headers that a source is put together from, in their order."""
     words = {part for word in spec.stages for part in word.split("+")[1:]}
     acts = [_COARSE.get((act, spec.dtype), act) for act in ACTIVATIONS if act in words]
-    return ["base", DTYPES[spec.dtype], "tile", *acts]
+    return [*product_pieces(spec.dtype), "tile", *acts]
+
+
+def product_pieces(dtype: torch.dtype) -> list[str]:
+    """The headers that every source in a dtype begins with."""
+    return ["base", *(["words"] if dtype == torch.bfloat16 else []), DTYPES[dtype]]
 
 
 def _own(spec: Spec) -> list[str]:

@@ -1,0 +1,187 @@
+"""Attention on emitted kernels: one library a dtype, generic in sizes and masks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from structc import attend, hardware
+from structc.codegen.cpu import build
+from structc.codegen.cpu.emit import product_pieces
+from structc.codegen.cpu.program import DTYPES
+from structc.codegen.cpu.tile import TOLERANCE
+from structc.numerics import relative_error
+from structc.records import Refusal
+from structc.softmax import Extras, Softmax, softmax_reference
+
+PANEL, EXTRA = 64, 4
+"""Keys packed together, and words beside them (``attention.h``)."""
+TILE = 48
+"""Queries of a tile."""
+FITS = 1 << 17
+"""Words of one head that a thread may pack for itself: half an L2."""
+_BIAS = {torch.float32: 1, torch.bool: 2, torch.bfloat16: 3}
+_INCLUDED = (
+    "atomic",
+    "cmath",
+    "cstdint",
+    "cstdlib",
+    "cstring",
+    "initializer_list",
+    "new",
+    "pthread.h",
+)
+_log = logging.getLogger("structc")
+
+
+def kernel_of(dtype: torch.dtype) -> attend.Kernel | None:
+    """The kernel of a dtype, built and tested against the reference; None where there is none."""
+    made = make(dtype)
+    if isinstance(made, Refusal):
+        _log.info("attention in %s runs on the reference: %s", dtype, made.reason)
+        return None
+    return made
+
+
+def make(dtype: torch.dtype) -> AttentionKernel | Refusal:
+    """Build, or find built, the kernel of a dtype."""
+    if dtype not in DTYPES:
+        return _refuse("DTYPE", f"emitted kernels are float32 or bfloat16, not {dtype}")
+    if dtype == torch.bfloat16 and "avx512_bf16" not in hardware.target().isa:
+        return _refuse("ISA", "bfloat16 kernels need AVX-512 BF16")
+    library = build.load(f"attention_{DTYPES[dtype]}", emit(dtype))
+    if isinstance(library, Refusal):
+        return library
+    function = library.structc_run
+    function.argtypes, function.restype = [ctypes.c_void_p] * 3, ctypes.c_int32
+    kernel = AttentionKernel(dtype, function)
+    passed = Path(library._name).with_suffix(".ok")
+    if not passed.exists():
+        failed = _self_test(kernel)
+        if failed is not None:
+            return failed
+        with contextlib.suppress(OSError):
+            passed.touch()
+    return kernel
+
+
+def emit(dtype: torch.dtype) -> str:
+    """The C++ source of the library of a dtype."""
+    included = "".join(f"#include <{name}>\n" for name in _INCLUDED)
+    names = list(dict.fromkeys([*product_pieces(dtype)[:1], "words", *product_pieces(dtype)[1:]]))
+    names += [f"attention_{DTYPES[dtype]}", "attention"]
+    folder = resources.files("structc.codegen.cpu")
+    parts = [folder.joinpath(f"{name}.h").read_text() for name in names]
+    return "\n".join([f"// structc attention kernel {DTYPES[dtype]}", included, *parts])
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionKernel:
+    """``(q, k, v, form, extras) -> (o, lse)``; None for inputs that it does not serve."""
+
+    dtype: torch.dtype
+    function: Callable[..., int]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras
+    ) -> tuple[Tensor, Tensor] | None:
+        b, h, n, _ = q.shape
+        o = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
+        lse = q.new_empty(b, h, n, dtype=torch.float32)
+        return (o, lse) if self.into(q, k, v, form, extras, o, lse) else None
+
+    def into(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        form: Softmax,
+        extras: Extras,
+        o: Tensor,
+        lse: Tensor,
+    ) -> bool:
+        """Write output and row sums, all of them; False, and nothing, if these are not served."""
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        bias, lags, keys, blocks, sink = extras
+        if bias is not None and bias.dtype not in _BIAS:
+            return False
+        lags, keys, sink = (None if t is None else t.contiguous() for t in (lags, keys, sink))
+        lags, sink = (None if t is None else t.float() for t in (lags, sink))
+        b, h, n, d = q.shape
+        g, m, dv = k.shape[1], k.shape[2], v.shape[3]
+        threads = torch.get_num_threads()
+        packed, tile = _layout(self.dtype, (b, h, g, n, m, d, dv), threads, form)
+        sizes = [b, h, h // g, n, m, d, dv]
+        for t in (q, k, v, o):
+            sizes += [_stride(t, at) for at in range(3)]
+        sizes += [int(form.causal), form.offset, form.window, form.sinks, threads, tile]
+        sizes += [0 if bias is None else _BIAS[bias.dtype]]
+        sizes += [0] * 4 if bias is None else [_stride(bias, at) for at in range(4)]
+        sizes += [0 if lags is None else _stride(lags, 0), 0 if keys is None else _stride(keys, 0)]
+        sizes += [0] * 4 if blocks is None else [_stride(blocks, at) for at in range(4)]
+        sizes += [form.block_q, form.block_k]
+        given = (q, k, v, o, lse, bias, lags, keys, blocks, sink, packed)
+        pointers = [None if t is None else t.data_ptr() for t in given]
+        failed = self.function(
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (ctypes.c_void_p * len(pointers))(*pointers),
+            (ctypes.c_float * 2)(form.scale, form.softcap),
+        )
+        if failed:
+            raise RuntimeError(f"emitted attention kernel failed ({failed})")
+        return True
+
+
+def _stride(t: Tensor, at: int) -> int:
+    return 0 if t.shape[at] == 1 else t.stride(at)
+
+
+def _layout(
+    dtype: torch.dtype, sizes: tuple[int, ...], threads: int, form: Softmax
+) -> tuple[Tensor | None, int]:
+    """Where heads are packed (None: each thread packs its own), and queries of a tile."""
+    b, _, g, _, m, d, dv = sizes
+    per_word = 4 // dtype.itemsize
+    panels = -(-m // PANEL)
+    wide = -(-dv // 16) * 16
+    words = panels * (-(-d // per_word) * PANEL + PANEL // per_word * wide + EXTRA)
+    tile = min(TILE, form.block_q) if form.block_q >= 16 else TILE
+    alone = words <= FITS and b * g >= 2 * threads
+    return None if alone else torch.empty(b * g * words, dtype=torch.int32), tile
+
+
+def _self_test(kernel: AttentionKernel) -> Refusal | None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 150, 20, generator=generator)
+    k, v = torch.randn(2, 2, 2, 170, 20, generator=generator).unbind(0)
+    q, k, v = (t.to(kernel.dtype) for t in (q, k, v))
+    keys = torch.arange(170)[None] < torch.tensor([[170], [100]])
+    bias = torch.randn(1, 1, 150, 170, generator=generator)
+    for form, extras in (
+        (Softmax(0.3), Extras(keys=keys)),
+        (Softmax(0.3, causal=True, offset=20, window=40, sinks=3), Extras()),
+        (Softmax(0.3, softcap=4.0), Extras(bias=bias)),
+    ):
+        o, lse = q.new_full(q.shape, torch.nan), torch.full(q.shape[:3], torch.nan)
+        try:
+            kernel.into(q, k, v, form, extras, o, lse)
+        except RuntimeError as e:
+            return _refuse("SELF_TEST", str(e))
+        want = softmax_reference(q.double(), k.double(), v.double(), form, extras)
+        for got, right in zip((o, lse), want, strict=True):
+            error = relative_error(got, right)
+            if not error <= TOLERANCE[kernel.dtype]:
+                return _refuse("SELF_TEST", f"{form}: error {error:.1e} against the reference")
+    return None
+
+
+def _refuse(code: str, reason: str) -> Refusal:
+    return Refusal("", "attention", code, reason)

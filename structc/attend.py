@@ -1,0 +1,176 @@
+"""``structc::attention``: the operator, its fake kernel and its gradient.
+
+``structc::attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? lags, Tensor? keys,
+Tensor? blocks, Tensor? sink, str form) -> (Tensor, Tensor)`` gives the output and the natural
+logarithm of each row's sum of exponentials; what the inputs are stands in
+:class:`structc.softmax.Extras`. Heads of keys may be fewer than heads of queries; each then serves
+a group of neighbours.
+
+The kernel of a dtype is looked for once, when the first call needs it; where there is none the
+reference runs (:mod:`structc.softmax`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structc import ops
+from structc.softmax import Extras, Softmax, softmax_backward, softmax_reference
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Softmax, Extras], tuple[Tensor, Tensor] | None]
+"""Output and row sums, or None for inputs that it does not serve."""
+
+_NAME = "attention"
+BACKENDS = {"cpu": "structc.codegen.attention"}
+"""For each kind of device the module whose ``kernel_of(dtype)`` gives its kernel."""
+
+ops._LIB.define(
+    f"{_NAME}(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? lags, Tensor? keys, "
+    "Tensor? blocks, Tensor? sink, str form) -> (Tensor, Tensor)"
+)
+_kernels: dict[tuple[str, torch.dtype], Kernel | None] = {}
+
+
+NOTHING = Extras()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, form: Softmax | str, extras: Extras = NOTHING
+) -> tuple[Tensor, Tensor]:
+    """``structc::attention``; past the dispatcher where nothing watches it."""
+    text = str(form)
+    given = [t for t in (q, k, v, *extras) if t is not None]
+    if ops.watched(given):
+        o, lse = torch.ops.structc.attention(q, k, v, *extras, text)
+        return o, lse
+    return _attention(q, k, v, *extras, form=text)
+
+
+def kernel_for(device: str, dtype: torch.dtype) -> Kernel | None:
+    """The kernel of a dtype, built when first asked for."""
+    key = (device, dtype)
+    if key not in _kernels:
+        name = BACKENDS.get(device)
+        _kernels[key] = importlib.import_module(name).kernel_of(dtype) if name else None
+    return _kernels[key]
+
+
+def forget() -> None:
+    """Look for kernels anew."""
+    _kernels.clear()
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    lags: Tensor | None,
+    keys: Tensor | None,
+    blocks: Tensor | None,
+    sink: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor]:
+    ops.count_call()
+    parsed, extras = Softmax.parse(form), Extras(bias, lags, keys, blocks, sink)
+    _check(q, k, v, parsed, extras)
+    kernel = kernel_for(q.device.type, q.dtype)
+    if kernel is not None and q.numel() and k.numel() and v.numel():
+        found = kernel(q, k, v, parsed, extras)
+        if found is not None:
+            return found
+    return softmax_reference(q, k, v, parsed, extras)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> None:
+    """A kernel reads what the form says, whatever it is given: the operator looks first."""
+    shapes = [tuple(t.shape) for t in (q, k, v)]
+    fits = all(len(s) == 4 for s in shapes) and len({t.dtype for t in (q, k, v)}) == 1
+    if fits:
+        (b, h, n, d), (kb, g, m, kd), (vb, vg, vm, _) = shapes
+        fits = b == kb == vb and g == vg and m == vm and d == kd and (h == g or h % max(1, g) == 0)
+    if not fits or not q.is_floating_point():
+        dtypes = [t.dtype for t in (q, k, v)]
+        raise RuntimeError(
+            f"structc::attention takes (B, H, n, d) tensors, got {shapes} in {dtypes}"
+        )
+    for name, want in (
+        ("bias", (b, h, n, m)),
+        ("lags", (h, n + m - 1)),
+        ("keys", (b, m)),
+        ("blocks", (b, h, -(-n // max(1, form.block_q)), -(-m // max(1, form.block_k)))),
+        ("sink", (h,)),
+    ):
+        given = getattr(extras, name)
+        if given is None:
+            continue
+        free = {"bias": 4, "blocks": 2, "lags": 1, "keys": 1}.get(name, 0)
+        same = given.dim() == len(want) and all(
+            s == w or (s == 1 and at < free) for at, (s, w) in enumerate(zip(given.shape, want))
+        )
+        if not same:
+            shape = tuple(given.shape)
+            raise RuntimeError(f"structc::attention takes {name} of {want}, got {shape}")
+        if name in ("keys", "blocks") and given.dtype != torch.bool:
+            raise RuntimeError(f"structc::attention takes boolean {name}, got {given.dtype}")
+    if (extras.blocks is None) != (form.block_q == 0):
+        raise RuntimeError("structc::attention takes blocks together with their size")
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    lags: Tensor | None,
+    keys: Tensor | None,
+    blocks: Tensor | None,
+    sink: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor]:
+    b, h, n, _ = q.shape
+    o = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return o, q.new_empty(b, h, n, dtype=wide)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.form = inputs
+    ctx.given = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None), *output)
+
+
+def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    *saved, o, lse = ctx.saved_tensors
+    rest = iter(saved)
+    tensors = [next(rest) if given else None for given in ctx.given]
+    form, extras = Softmax.parse(ctx.form), Extras(*tensors[3:])
+    q, k, v = (t for t in tensors[:3] if t is not None)
+    plain = not torch.is_grad_enabled() and not any(ctx.needs_input_grad[3:8])
+    if plain:
+        found = softmax_backward(q, k, v, form, extras, o, lse, grad_o, grad_lse)
+        return (*found, *[None] * 6)
+    leaves = [
+        None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors
+    ]
+    if torch.is_grad_enabled():  # a gradient of the gradient: the reference's own graph
+        leaves = tensors
+    with torch.enable_grad():
+        a, b, c = (t for t in leaves[:3] if t is not None)
+        outputs = softmax_reference(a, b, c, form, Extras(*leaves[3:]))
+    able = [t for t in leaves if t is not None and t.requires_grad]
+    given = torch.autograd.grad(
+        outputs, able, (grad_o, grad_lse), allow_unused=True, create_graph=torch.is_grad_enabled()
+    )
+    found_of = dict(zip(map(id, able), given, strict=True))
+    return (*[None if t is None else found_of.get(id(t)) for t in leaves], None)
+
+
+ops._LIB.impl(_NAME, _attention, "CompositeExplicitAutograd")
+torch.library.register_fake(f"structc::{_NAME}", _attention_fake, lib=ops._LIB)
+torch.library.register_autograd(f"structc::{_NAME}", _backward, setup_context=_setup, lib=ops._LIB)
