@@ -1,4 +1,5 @@
 // base.h
+// words.h
 // bf16.h
 // tile.h
 // gelu_tanh_bf16.h
