@@ -95,7 +95,8 @@ def verify_product(
     notes += raced.notes
     way, latency = raced.way, raced.latency
     settled = replace(settled, product=raced.product)
-    rewritten = bool(settled.product.replaced or lab.captured.filters) or way != "modules"
+    changed = settled.product.replaced or lab.captured.filters or lab.rewrites_attention
+    rewritten = bool(changed) or way != "modules"
     if rewritten and lab.budget.params is None and slower(latency):
         settled, note = _given_up(lab, table, settled, latency)
         notes.append(note)
@@ -137,6 +138,8 @@ def _roll_back(
         measured = _measure(lab, product, tolerance)
         if not measured.held and lab.captured.filters and not rounds:
             product, measured = _blamed(lab, product, measured, tolerance, plan, table)
+        if not measured.held and lab.rewrites_attention and not rounds:
+            product, measured = _attention_blamed(lab, product, measured, tolerance, plan, table)
         if measured.held or not product.replaced:
             break
         log.info("rolling back: error %.3g, metric %s", measured.error, measured.metric)
@@ -168,6 +171,21 @@ def _blamed(
         log.warning("%s", UNFILTERED)
         return other, now
     lab.captured = before
+    return product, measured
+
+
+def _attention_blamed(
+    lab: Lab, product: Product, measured: Measured, tolerance: float, plan: Plan, table: Table
+) -> tuple[Product, Measured]:
+    """The same plan with attention as the graphs have it, where the error is attention's."""
+    before = lab.sites
+    lab.forget_attention("the product did not agree with the model on the data")
+    other = lab.product(plan, table, set(lab.untouched))
+    now = _measure(lab, other, tolerance)
+    if now.held or now.error < BLAME * measured.error:
+        log.warning("attention did not agree with the model: it stays as it is")
+        return other, now
+    lab.sites = before
     return product, measured
 
 
@@ -241,6 +259,7 @@ def _given_up(
     untouched = frozenset(plan.choices)
     if lab.captured.filters:
         lab.forget_filters()
+    lab.forget_attention("the rewritten model was slower than the original")
     product = lab.product(plan, table, untouched)
     set_way(product, "modules")
     dense = settled.measured.dense

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from structc.passes.detect_attention import attention_sites
 from structc.passes.linear_uses import TRANSPOSES, Use, full_name, linear_uses
 from structc.passes.windows import convolution_sites
-from structc.records import Captured, LinearSite, NodeRef, Refusal, Sites
+from structc.records import AttentionSite, Captured, LinearSite, NodeRef, Refusal, Sites
 
 aten = torch.ops.aten
 
@@ -65,8 +65,15 @@ def detect(captured: Captured) -> Sites:
     ]
     order = {name: at for at, (name, _) in enumerate(captured.tree.named_parameters())}
     sites.sort(key=lambda s: order.get(s.weight, len(order)))
-    attention = tuple(a for region in graphs for a in attention_sites(region, captured))
-    unique = {a.name: a for a in attention}
+    attention = tuple(
+        a
+        for region in graphs
+        for a in attention_sites(region, captured, runs=region is not captured.analysis)
+    )
+    unique: dict[str, AttentionSite] = {}
+    for one in attention:
+        if one.name not in unique or unique[one.name].case is None:
+            unique[one.name] = one
     convolutions = list(convolution_sites(captured))
     refusals += [c for c in convolutions if isinstance(c, Refusal)]
     able = tuple(c for c in convolutions if isinstance(c, LinearSite))

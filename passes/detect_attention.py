@@ -1,6 +1,7 @@
 """Attention ops in exported graphs: fused or spelled out, with their masks told apart.
 
-Export makes every mask an explicit boolean tensor and never marks causality, so the mask is
+Export makes every mask an explicit boolean tensor and never marks causality. What is done about a
+mask follows from what the graph proves of it (:mod:`structc.passes.masks`); for people it is also
 evaluated on the example inputs and classified by its values.
 """
 
@@ -8,137 +9,145 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from structc.passes.attention_parts import SDPA, Operand
 from structc.passes.guards import resize_inputs
-from structc.records import AttentionSite, Captured, DimGuard, NodeRef, Region
-
-log = logging.getLogger("structc.detect")
-aten = torch.ops.aten
-
-_SDPA = aten.scaled_dot_product_attention.default
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_MATMUL = (aten.matmul.default, aten.bmm.default)
-_BETWEEN = (
-    aten.add.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.mul.Scalar,
-    aten.div.Scalar,
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
-    aten.where.self,
-    aten.where.ScalarOther,
-    aten.dropout.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.baddbmm.default,
+from structc.passes.rewrite_attention import Planned, planned
+from structc.records import (
+    AttentionCase,
+    AttentionSite,
+    Captured,
+    DimGuard,
+    NodeRef,
+    Refusal,
+    Region,
 )
 
+log = logging.getLogger("structc.detect")
 
-def attention_sites(region: Region, captured: Captured) -> Iterator[AttentionSite]:
-    """Every attention of a graph, as one site each."""
+
+def attention_sites(
+    region: Region, captured: Captured, *, runs: bool = True
+) -> Iterator[AttentionSite]:
+    """Every attention of a graph, as one site each; several of one module are numbered.
+
+    Args:
+        runs: whether the graph is part of products, and not only read.
+    """
     masks: dict[torch.fx.Node, str] = {}
+    many: dict[str, int] = {}
     for node in region.graph.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target is _SDPA:
-            yield _fused(node, region, captured, masks)
-        elif node.target in _SOFTMAX:
-            site = _spelled_out(node, region, captured, masks)
-            if site is not None:
-                yield site
+        found = planned(node)
+        if found is None:
+            continue
+        name = _module_of(node, region)
+        many[name] = many.get(name, 0) + 1
+        name = name if many[name] == 1 else f"{name}#{many[name]}"
+        if isinstance(found, Refusal):
+            yield _left(node, name, region, replace(found, site=name))
+        else:
+            site = _site(node, name, found, region, captured, masks)
+            if not runs:
+                reason = "no graph of its module could be exported"
+                refusal = Refusal(name, "attention", "NOT_EXPORTED", reason)
+                site = replace(site, case=None, refusal=refusal)
+            yield site
 
 
-def _fused(
-    node: torch.fx.Node, region: Region, captured: Captured, masks: dict[torch.fx.Node, str]
-) -> AttentionSite:
-    args = dict(zip(("q", "k", "v", "attn_mask", "dropout", "is_causal"), node.args, strict=False))
-    args |= node.kwargs
-    q, k = args["q"], args["k"]
-    mask = args.get("attn_mask")
-    if args.get("is_causal"):
-        kind = "causal"
-    elif mask is None:
-        kind = "none"
-    else:
-        kind = _mask_kind(mask, region, captured, masks)
-    scale = args.get("scale")
-    dim = _size(q, -1)
-    return AttentionSite(
-        name=_module_of(node, region),
-        node=NodeRef(region.path, node.name),
-        spelling="sdpa",
-        mask_kind=kind,
-        scale=float(scale) if isinstance(scale, (int, float)) else dim**-0.5,
-        heads=_size(q, -3),
-        kv_heads=_kv_heads(k),
-        head_dim=dim,
-        length=_size(k, -2),
-    )
-
-
-def _spelled_out(
-    softmax: torch.fx.Node,
+def _site(
+    node: torch.fx.Node,
+    name: str,
+    found: Planned,
     region: Region,
     captured: Captured,
     masks: dict[torch.fx.Node, str],
-) -> AttentionSite | None:
-    scores, scale = softmax.args[0], None
-    found: list[tuple[Any, bool]] = []  # masks, and whether True stands for what is hidden
-    while isinstance(scores, torch.fx.Node) and scores.target in _BETWEEN:
-        rest = scores.args[1] if len(scores.args) > 1 else None
-        if scores.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(rest, (int, float)):
-            scale = float(rest) * (scale or 1.0)
-        elif scores.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(rest, (int, float)):
-            scale = (scale or 1.0) / float(rest)
-        elif scores.target is aten.add.Tensor and isinstance(rest, torch.fx.Node):
-            found.append((rest, False))
-        elif scores.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-            found.append((rest, True))
-        elif scores.target in (aten.where.self, aten.where.ScalarOther):
-            found.append((scores.args[0], False))
-            scores = scores.args[1]
-            continue
-        scores = scores.args[0]
-    product = softmax
-    while True:
-        users = [u for u in product.users if u.op == "call_function"]
-        if len(users) != 1:
-            return None
-        product = users[0]
-        if product.target not in _BETWEEN:
-            break
-    if (
-        not isinstance(scores, torch.fx.Node)
-        or scores.target not in _MATMUL
-        or product.target not in _MATMUL
-    ):
-        return None
-    q, k = scores.args[:2]
-    assert isinstance(q, torch.fx.Node) and isinstance(k, torch.fx.Node)
-    kind = "none"
-    if found:  # of several masks each hides what the others show
-        (mask, hides), several = found[0], len(found) > 1
-        one = _mask_kind(mask, region, captured, masks, hides=hides)
-        kind = "data_dependent" if several else one
+) -> AttentionSite:
+    parts, kind = found.parts, "none"
+    given = [(m, False) for m in parts.shown] + [(m, True) for m in parts.hidden]
+    if parts.is_causal:
+        kind = "causal"
+    elif len(given) == 1:
+        kind = _mask_kind(given[0][0], region, captured, masks, hides=given[0][1])
+    elif given:  # of several masks each hides what the others show
+        kind = "data_dependent"
+    case = case_of(found)
     return AttentionSite(
-        name=_module_of(softmax, region),
-        node=NodeRef(region.path, softmax.name),
-        spelling="matmul_softmax_matmul",
+        name=name,
+        node=NodeRef(region.path, node.name),
+        spelling="sdpa" if parts.fused else "matmul_softmax_matmul",
         mask_kind=kind,
-        scale=scale,
-        heads=_size(q, -3),
-        kv_heads=_size(q, -3),
-        head_dim=_size(q, -1),
-        length=_size(k, -1),
+        scale=parts.scale,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        length=case.keys,
+        proven=str(found.rule),
+        nodes=tuple(n.name for n in parts.nodes),
+        case=case,
     )
+
+
+def _left(node: torch.fx.Node, name: str, region: Region, refusal: Refusal) -> AttentionSite:
+    """One that no form computes: its sizes are those of its first operand, as far as they tell."""
+    scores = node.args[0]
+    fused = node.target is SDPA
+    return AttentionSite(
+        name=name,
+        node=NodeRef(region.path, node.name),
+        spelling="sdpa" if fused else "matmul_softmax_matmul",
+        mask_kind="data_dependent",
+        scale=None,
+        heads=_size(scores, -3),
+        kv_heads=_size(scores, -3),
+        head_dim=_size(scores, -1) if fused else 0,
+        length=_size(scores, -2),
+        nodes=(node.name,),
+        refusal=refusal,
+    )
+
+
+def case_of(found: Planned) -> AttentionCase:
+    """What the time of a planned attention depends on."""
+    parts = found.parts
+    q, k, v = (_value(p) for p in (parts.q, parts.k, parts.v))
+    mask, shape = "", tuple[int, ...]()
+    if found.bias is not None:
+        value = found.bias.meta["val"]
+        mask = "bool" if value.dtype == torch.bool else "float"
+        shape = tuple(_hint(s) for s in value.shape)
+    return AttentionCase(
+        str(found.form),
+        q[0], q[1], k[1], q[2], k[2], q[3], v[3],
+        dtype=parts.q.node.meta["val"].dtype,
+        mask=mask,
+        mask_shape=(1,) * (4 - len(shape)) + shape if mask else (),
+        padded=bool(found.keys),
+        sink=parts.sink is not None,
+        masked=bool(parts.shown or parts.hidden),
+        fused=parts.fused,
+        torch_causal=found.torch_causal,
+    )  # fmt: skip
+
+
+def _value(operand: Operand) -> tuple[int, ...]:
+    """Sizes of an operand at the example, behind its steps."""
+    value = operand.node.meta["val"]
+    empty = torch.empty([_hint(s) for s in value.shape], device="meta")
+    for op, args in operand.steps:
+        empty = op(empty, *args)
+    return tuple(empty.shape)
+
+
+def _hint(size: Any) -> int:
+    return int(getattr(getattr(size, "node", None), "hint", size))
 
 
 def _module_of(node: torch.fx.Node, region: Region) -> str:
@@ -152,26 +161,7 @@ def _size(node: Any, dim: int) -> int:
     value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
     if not isinstance(value, Tensor) or value.dim() < -dim:
         return 1
-    size = value.shape[dim]
-    return int(getattr(getattr(size, "node", None), "hint", size))
-
-
-def _kv_heads(k: Any) -> int:
-    """Heads of k before they were repeated: export writes grouped queries as an expand."""
-    heads = _size(k, -3)
-    node = k
-    for _ in range(4):
-        if not isinstance(node, torch.fx.Node) or node.op != "call_function":
-            break
-        if node.target is aten.expand.default:
-            value = (
-                node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
-            )
-            if isinstance(value, Tensor) and value.dim() == 5:
-                return int(value.shape[1])
-            break
-        node = node.args[0] if node.args else None
-    return heads
+    return _hint(value.shape[dim])
 
 
 # ---------------------------------------------------------------------------- masks

@@ -29,7 +29,8 @@ def time_shares(captured: Captured, sites: Sites) -> dict[str, float]:
 
 def _of_graph(captured: Captured, region: Region, sites: Sites) -> dict[str, float]:
     owners = {ref.node: s.name for s in sites.linear for ref in s.nodes if ref.region == ""}
-    owners |= {a.node.node: "attention" for a in sites.attention if a.node.region == ""}
+    whole = [a for a in sites.attention if a.node.region == ""]
+    owners |= {node: "attention" for a in whole for node in a.nodes}
     call = captured.example
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     if bind_sizes(region.guards, leaves, spec) is None:

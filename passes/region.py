@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from structc import ops
+from structc import attend, ops
 from structc.errors import ConfigError
 from structc.inputs import canonical
 from structc.records import Call, DimGuard, Guards, Region
@@ -75,7 +75,11 @@ def attributes_of(module: torch.fx.GraphModule, owner: nn.Module) -> nn.Module:
     return held
 
 
-_CALLS = {torch.ops.structc.tile.default: ops.tile, torch.ops.structc.dense.default: ops.dense}
+_CALLS = {
+    torch.ops.structc.tile.default: ops.tile,
+    torch.ops.structc.dense.default: ops.dense,
+    torch.ops.structc.attention.default: attend.attention_of,
+}
 
 
 class Runner:

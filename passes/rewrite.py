@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from structc.passes.chains import find_chains, fuse
 from structc.passes.clone import clone_tree, replace_modules
 from structc.passes.filters import use_filters
 from structc.passes.region import Runner, attributes_of, install, view_of
+from structc.passes.rewrite_attention import Planned, planned, replace_attention
 from structc.passes.windows import Windowed, replace_convolution
-from structc.records import Captured, LinearSite, Region, Sites
+from structc.records import AttentionSite, Captured, LinearSite, Region, Sites
 
 aten = torch.ops.aten
 FACTORS = "structc_"
@@ -58,9 +59,11 @@ def rewrite(
 
     rewrite:      linear(x, W, b) [-> act]  -->  structc::tile(x, factors, program with bias, act)
                   linear(x, W, b) [-> act]  -->  structc::dense(x, W, b, act)
+                  softmax(q k^T + mask) v   -->  structc::attention(q, k, v, ...)
     Sound because: the operator computes the family's matrix, bias and activation, which tests
         compare with its dense form; an activation is taken in only if it is the product's only use.
-    Skips when:   a site is not in ``modules``; an activation has other readers.
+    Skips when:   a site is not in ``modules``; an activation has other readers; an attention has no
+        faster kernel (:func:`structc.passes.rewrite_attention.planned` says what it may become).
     """
     tree = clone_tree(captured.tree)
     use_filters(tree, captured.filters)
@@ -75,7 +78,8 @@ def rewrite(
     replace_modules(tree, leaves)
     runners, used = [], set()
     for region in captured.regions:
-        graph = _rewrite_graph(region, tree, by_name, modules, places)
+        inside = [a for a in sites.attention if a.node.region == region.path and a.kernel]
+        graph = _rewrite_graph(region, tree, by_name, modules, places, inside)
         if chains:
             rewritten = replace(region, graph=graph)
             found = [c for whole in find_chains(rewritten, graph) for c in whole.among(chains)]
@@ -130,6 +134,7 @@ def _rewrite_graph(
     sites: Mapping[str, LinearSite],
     modules: Mapping[str, AbstractFamily],
     places: Mapping[str, str],
+    attention: Sequence[AttentionSite] = (),
 ) -> torch.fx.GraphModule:
     owner = tree.get_submodule(region.path)
     held: Any = attributes_of(region.graph, owner)
@@ -137,6 +142,11 @@ def _rewrite_graph(
     copied: dict[torch.fx.Node, torch.fx.Node] = {}
     graph.output(graph.graph_copy(region.graph.graph, copied))
     nodes = {old.name: new for old, new in copied.items()}
+    originals = {old.name: old for old in copied}
+    for one in attention:
+        found = planned(originals[one.node.node])
+        if isinstance(found, Planned):
+            replace_attention(graph, found, nodes, one.kernel)
     for name, module in modules.items():
         site = sites[name]
         place = places[name].removeprefix(f"{region.path}." if region.path else "")

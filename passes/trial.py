@@ -106,6 +106,21 @@ class Lab:
         """Let products have the user's own convolutions, and so none of the graphs without them."""
         self.captured = replace(self.captured, regions=(), filters={})
 
+    @property
+    def rewrites_attention(self) -> bool:
+        """Whether some attention is computed another way than in its graph."""
+        return any(site.kernel for site in self.sites.attention)
+
+    def forget_attention(self, why: str) -> None:
+        """Let products compute attention as the graphs do."""
+        kept = []
+        for site in self.sites.attention:
+            refusal = (
+                Refusal(site.name, "attention", "VERIFY", why) if site.kernel else site.refusal
+            )
+            kept.append(replace(site, kernel="", refusal=refusal))
+        self.sites = replace(self.sites, attention=tuple(kept))
+
     def error(self, product: Product, part: str) -> float:
         """Largest relative output error on a part of the held-out data."""
         return V.worst_error(product.tree, self._calls(part), self.wanted(part))

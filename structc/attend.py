@@ -51,6 +51,15 @@ def attention(
     return _attention(q, k, v, *extras, form=text)
 
 
+def attention_of(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | str | None
+) -> tuple[Tensor, Tensor]:
+    """The operator with its own arguments."""
+    *extras, form = rest
+    assert isinstance(form, str)
+    return attention(q, k, v, form, Extras(*extras))  # type: ignore[arg-type]
+
+
 def kernel_for(device: str, dtype: torch.dtype) -> Kernel | None:
     """The kernel of a dtype, built when first asked for."""
     key = (device, dtype)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from structc import ops
+from structc import attend, ops
 from structc.boundary import public_boundary
 from structc.budget import Budget
 from structc.compiled import CompiledModel, Handle, handle_of, wrap
@@ -42,7 +42,14 @@ from structc.passes.region import without_weights
 from structc.passes.rewrite import Product, place_of
 from structc.passes.select import Table
 from structc.passes.verify import unmet_demand
-from structc.pricing import bind_all, fast_chains, in_plan, price, priced_only
+from structc.pricing import (
+    bind_all,
+    fast_chains,
+    in_plan,
+    price,
+    price_attention,
+    priced_only,
+)
 from structc.progress import progress_bars
 from structc.records import (
     Call,
@@ -200,6 +207,7 @@ def inspect(
             sites, known = known_structures(captured, sites, options, notes)
         with notes.stage("price"):
             prices = price(sites, options, notes, known)
+            sites = price_attention(sites, options, notes)
         table = {s.name: priced_only(s, prices, known.get(s.name)) for s in sites.linear}
         return _report(model, sites, {}, None, table, None, None, options, notes)
 
@@ -207,6 +215,7 @@ def inspect(
 def reset() -> None:
     """Forget attached kernels and packed weights; references run until something is compiled."""
     ops.detach_all()
+    attend.forget()
 
 
 # ---------------------------------------------------------------------------- the stages
@@ -256,6 +265,7 @@ def _stages(
     dump("calibrate", profile)
     with stage("price"):
         prices = price(sites, options, notes, known)
+        sites = price_attention(sites, options, notes)
         shares = time_shares(captured, sites)
     dump("price", {" ".join(map(str, k)): p for k, (_, p) in prices.items()})
     with stage("fit"):
@@ -288,7 +298,7 @@ def _stages(
             progress=options.progress,
             fast_chains=chains,
         )
-    captured = lab.captured  # without what did not hold
+    captured, sites = lab.captured, lab.sites  # without what did not hold
     notes.notes += filter_notes(captured)
     copy_buffers(model, product.tree)  # counters and caches moved while it was measured
     dump("verify", verification)

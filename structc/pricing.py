@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from structc.codegen import autotune, lower
+from structc.codegen import attention_price, autotune, lower
 from structc.codegen.autotune import Request
 from structc.errors import InternalError
 from structc.families import BY_NAME, AbstractFamily, Dense, LowRank
@@ -67,6 +67,34 @@ def price(
             prices[site_name, family, hyper_key] = (request, cost)
     notes.notes += _model_note([cost for _, cost in prices.values()])
     return prices
+
+
+def price_attention(sites: Sites, options: Options, notes: Log) -> Sites:
+    """Stage 4: what computes each attention from here on, where that is faster than the graph."""
+    able = [a for a in sites.attention if a.case is not None]
+    found = attention_price.price(
+        [a.case for a in able if a.case is not None],
+        effort=options.effort,
+        progress=named(options.progress, "attention"),
+    )
+    settled = []
+    for site in sites.attention:
+        cost = found.get(site.case) if site.case is not None else site.refusal
+        if isinstance(cost, Price) and cost.latency_ms <= WORTH * cost.baseline_ms:
+            site = replace(site, kernel=cost.kernel, price=cost)
+        elif isinstance(cost, Price):
+            reason = (
+                f"{cost.kernel} takes {cost.latency_ms:.3g} ms, {cost.baseline} in the graph "
+                f"{cost.baseline_ms:.3g} ms"
+            )
+            refusal = Refusal(site.name, "attention", "NOT_FASTER", reason)
+            site = replace(site, price=cost, refusal=refusal)
+        elif cost is not None:
+            site = replace(site, refusal=replace(cost, site=site.name))
+        if site.refusal is not None:
+            notes.refusals.append(site.refusal)
+        settled.append(site)
+    return replace(sites, attention=tuple(settled))
 
 
 def _form(site: LinearSite, family: str, hyper: Hyper) -> Form | Refusal:

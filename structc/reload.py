@@ -24,6 +24,7 @@ from structc.passes.filters import use_filters
 from structc.passes.inductor import Frozen, freeze
 from structc.passes.region import Runner, without_weights
 from structc.passes.rewrite import Product, place_of, rewrite
+from structc.passes.rewrite_attention import Planned, planned
 from structc.pricing import bind_saved
 from structc.records import Call, Captured, LinearSite, Plan, Region, Sites
 
@@ -138,6 +139,19 @@ def _check_nodes(regions: Sequence[Region], sites: Sites, path: Path) -> None:
                     f"artifact: {path}: {site.name} is said to be at {ref.node!r}, no product",
                     hint="Convert the model again, or fetch the artifact again.",
                 )
+    graphs = {r.path: {n.name: n for n in r.graph.graph.nodes} for r in regions}
+    for place in sites.attention:
+        node = graphs.get(place.node.region, {}).get(place.node.node)
+        if place.node.region in graphs and (node is None or not _is_attention(node)):
+            raise ArtifactCorrupt(
+                f"artifact: {path}: {place.name} is said to be at {place.node.node!r}, which is "
+                "no attention",
+                hint="Convert the model again, or fetch the artifact again.",
+            )
+
+
+def _is_attention(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(planned(node), Planned)
 
 
 def _empty_module(tree: nn.Module, site: LinearSite, plan: Plan) -> AbstractFamily:

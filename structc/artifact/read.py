@@ -24,7 +24,17 @@ from structc.artifact.files import (
 from structc.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, InternalError
 from structc.families import BY_NAME
 from structc.forms import Tile
-from structc.records import Choice, DimGuard, Guards, LinearSite, NodeRef, Plan, Sites, Window
+from structc.records import (
+    AttentionSite,
+    Choice,
+    DimGuard,
+    Guards,
+    LinearSite,
+    NodeRef,
+    Plan,
+    Sites,
+    Window,
+)
 from structc.report import Report
 
 MOST_BYTES = 64 * 1024 * 1024
@@ -149,6 +159,7 @@ def sites_from(manifest: Mapping[str, Any], where: Path) -> tuple[Sites, Plan]:
     """The sites and the plan of a manifest."""
     try:
         sites = tuple(_site_from(d) for d in manifest["sites"])
+        attention = tuple(_attention_from(d) for d in manifest.get("attention", []))
         choices = {}
         for name, choice in manifest["choices"].items():
             if choice["family"] not in BY_NAME:
@@ -163,7 +174,7 @@ def sites_from(manifest: Mapping[str, Any], where: Path) -> tuple[Sites, Plan]:
             raise ValueError(f"{unknown.pop()!r} is replaced and no site")
     except (KeyError, TypeError, ValueError, AttributeError, InternalError) as e:
         raise _corrupt(where / MANIFEST, f"a site or choice is broken: {e}") from None
-    return Sites(sites, (), ()), Plan(choices)
+    return Sites(sites, attention, ()), Plan(choices)
 
 
 def _check_choice(site: LinearSite, choice: Choice, held: int) -> None:
@@ -196,6 +207,16 @@ def _site_from(data: Mapping[str, Any]) -> LinearSite:
         dtype=dtype,
         tags=frozenset(map(str, data["tags"])),
         window=None if data.get("window") is None else _window_from(data["window"]),
+    )
+
+
+def _attention_from(data: Mapping[str, Any]) -> AttentionSite:
+    """Where it is and what computes it; the rest is read from the graph."""
+    region, node = map(str, data["node"])
+    if data["kernel"] not in ("structc", "torch"):
+        raise ValueError(f"unknown attention kernel {data['kernel']!r}")
+    return AttentionSite(
+        str(data["name"]), NodeRef(region, node), "", "", None, 0, 0, 0, 0, kernel=data["kernel"]
     )
 
 

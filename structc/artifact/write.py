@@ -26,7 +26,7 @@ from structc.artifact.files import (
 )
 from structc.compiled import Handle, handle_of
 from structc.errors import ArtifactWrite, ConfigError
-from structc.records import DimGuard, LinearSite, Region
+from structc.records import AttentionSite, DimGuard, LinearSite, Region
 
 
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -161,6 +161,16 @@ def _manifest(model: nn.Module, handle: Handle, state: Mapping[str, Tensor]) -> 
         "kernels": list(handle.kernels),
         "chains": sorted(handle.chains),
         "filters": sorted(handle.filters),
+        "attention": [_attention_data(s) for s in handle.sites.attention if s.kernel],
+    }
+
+
+def _attention_data(site: AttentionSite) -> dict[str, Any]:
+    """Where an attention is, and what computes it; its parts are read from the graph again."""
+    return {
+        "name": site.name,
+        "node": [site.node.region, site.node.node],
+        "kernel": site.kernel,
     }
 
 

@@ -1,7 +1,47 @@
-"""Attention methods: one file each, mathematics only."""
+"""Attention methods: one file each, mathematics only, joined by one line in :data:`METHODS`.
+
+:func:`exact` is attention itself, fast for every mask. The methods approximate it; each is called
+as ``method(q, k, v)`` and works alone.
+"""
 
 from __future__ import annotations
 
+from structc.attention.base import AbstractMethod, Certificate, certify, merge
+from structc.attention.block_sparse import BlockSparse
+from structc.attention.conv_basis import ConvBasis
 from structc.attention.exact import exact
+from structc.attention.monarch import Monarch
+from structc.attention.nystrom import Nystrom
+from structc.attention.polynomial import Polynomial
+from structc.attention.sparse_low_rank import SparseLowRank
+from structc.attention.uniform import Uniform
+from structc.attention.window_sinks import WindowSinks
 
-__all__ = ["exact"]
+METHODS: tuple[type[AbstractMethod], ...] = (
+    Uniform,
+    WindowSinks,
+    ConvBasis,
+    Polynomial,
+    Monarch,
+    BlockSparse,
+    SparseLowRank,
+    Nystrom,
+)
+"""Cheap ones first."""
+
+__all__ = [
+    "METHODS",
+    "AbstractMethod",
+    "BlockSparse",
+    "Certificate",
+    "ConvBasis",
+    "Monarch",
+    "Nystrom",
+    "Polynomial",
+    "SparseLowRank",
+    "Uniform",
+    "WindowSinks",
+    "certify",
+    "exact",
+    "merge",
+]

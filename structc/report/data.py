@@ -77,6 +77,7 @@ def refusal_data(refusal: Refusal) -> Json:
 
 def attention_data(site: AttentionSite) -> Json:
     """An attention site as plain data."""
+    price = site.price
     return {
         "name": site.name,
         "spelling": site.spelling,
@@ -86,6 +87,12 @@ def attention_data(site: AttentionSite) -> Json:
         "kv_heads": site.kv_heads,
         "head_dim": site.head_dim,
         "length": site.length,
+        "proven": site.proven,
+        "kernel": site.kernel,
+        "dense_ms": None if price is None else finite(price.baseline_ms),
+        "chosen_ms": None if price is None else finite(price.latency_ms),
+        "baseline": "" if price is None else price.baseline,
+        "why": "" if site.refusal is None else f"{site.refusal.code}: {site.refusal.reason}",
     }
 
 

@@ -103,7 +103,11 @@ def _context(data: Json) -> Json:
         "families": _legend(data),
         "pareto": Markup(chart),
         "by_metric": by_metric,
-        "attention": [{**a, "head_text": view.heads(a)} for a in view.attention_groups(data)],
+        "attention": [
+            {**a, "head_text": view.heads(a), "computed_by": view.attention_kernel(a)}
+            for a in view.attention_groups(data)
+        ],
+        "attention_note": view.attention_note(data),
         "refusals": view.refusal_groups(data),
         "stages": _stages(data),
         "facts": view.facts(data),

@@ -59,7 +59,9 @@ _SITE = {
     "refusals": [_REFUSAL],
 }
 _ATTENTION = {
-    **dict.fromkeys(("name", "spelling", "mask_kind"), TEXT),
+    **dict.fromkeys(("name", "spelling", "mask_kind", "proven", "kernel", "baseline"), TEXT),
+    **dict.fromkeys(("dense_ms", "chosen_ms"), MAYBE),
+    "why": TEXT,
     **dict.fromkeys(("heads", "kv_heads", "head_dim", "length"), WHOLE),
     "scale": MAYBE,
 }

@@ -227,18 +227,23 @@ def _choices(group: view.Group) -> str:
 def _attention(data: Json, width: int) -> Iterator[Text | Table]:
     if not data["attention"]:
         return
-    yield _title("Attention", "reported only, not rewritten")
+    yield _title("Attention", view.attention_note(data))
     rows = [
         [
             row["name"],
             row["spelling"].replace("_", " "),
             row["mask_kind"].replace("_", " "),
+            row["proven"] or "-",
             view.heads(row),
             *(str(row[k]) for k in ("head_dim", "length", "ops")),
+            view.attention_kernel(row),
         ]
         for row in view.attention_groups(data)[:_MOST_GROUPS]
     ]
-    columns = ("layer", "spelling", "mask", "heads", "head dim", "length", "ops")
+    columns = (
+        *("layer", "spelling", "mask", "proven", "heads", "head dim", "length", "ops"),
+        "computed by",
+    )
     yield _table(columns, rows, width, "heads|head dim|length|ops")
 
 

@@ -272,7 +272,7 @@ def tiles(data: Json) -> list[tuple[str, str, str]]:
         return [
             ("linear layers", str(s["sites"]), f"{percent(share)} of the time" if share else ""),
             ("faster form exists", str(s["could_be_faster"]), of),
-            ("attention ops", str(len(data["attention"])), "reported only"),
+            ("attention ops", str(len(data["attention"])), attention_note(data)),
         ]
     found = [("layers rewritten", str(s["rewritten"]), of)]
     if s["params_kept"] is not None:
@@ -342,15 +342,31 @@ def all_notes(data: Json) -> list[str]:
 
 def attention_groups(data: Json) -> list[Json]:
     """Attention ops that differ in their block's number only, with how many there are."""
-    keys = ("spelling", "mask_kind", "scale", "heads", "kv_heads", "head_dim", "length")
+    keys = ("spelling", "mask_kind", "proven", "scale", "heads", "kv_heads", "head_dim", "length")
     found: dict[tuple[Any, ...], list[Json]] = {}
     for op in data["attention"]:
-        key = (shape_of_name(op["name"]), *(op[k] for k in keys))
+        code = op["why"].partition(":")[0]
+        key = (shape_of_name(op["name"]), *(op[k] for k in keys), op["kernel"], code)
         found.setdefault(key, []).append(op)
     return [
         {**ops[0], "name": layer_pattern(o["name"] for o in ops), "ops": len(ops)}
         for ops in found.values()
     ]
+
+
+def attention_note(data: Json) -> str:
+    """How many attention ops are computed another way."""
+    done = sum(bool(op["kernel"]) for op in data["attention"])
+    return f"{done} by a faster kernel" if done else "as they are"
+
+
+def attention_kernel(op: Json) -> str:
+    """What computes an attention, and how much faster that is; or why nothing else does."""
+    ours, dense = op["chosen_ms"], op["dense_ms"]
+    if not op["kernel"]:
+        return f"as it is ({op['why'].partition(':')[0].lower().replace('_', ' ')})"
+    name = {"structc": "structc", "torch": "PyTorch, no mask"}[op["kernel"]]
+    return f"{name}, {dense / ours:.2f}x" if ours and dense else name
 
 
 def heads(op: Json) -> str:

@@ -1,0 +1,201 @@
+"""Attention in a graph becomes ``structc::attention``, or PyTorch's own operator without a mask."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from structc import attend  # noqa: F401 - defines the operator
+from structc.passes.attention_parts import (
+    ASSERTION,
+    SDPA,
+    SOFTMAX,
+    Operand,
+    Parts,
+    attention_parts,
+    shape_of,
+)
+from structc.passes.masks import All, AtMost, Given, Line, Seen, never, seen_by
+from structc.passes.visibility import Rule, rule_of
+from structc.records import Refusal
+from structc.softmax import Softmax
+
+aten = torch.ops.aten
+OPERATOR = torch.ops.structc.attention.default
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What stands in the place of one attention.
+
+    Attributes:
+        parts: of the graph.
+        form: the operator's; its scale and cap are in it.
+        rule: what its masks are proven to show.
+        bias: a mask that is handed over as it is: nothing, or not enough, is proven of it.
+        keys: masks over keys alone.
+    """
+
+    parts: Parts
+    form: Softmax
+    rule: Rule
+    bias: Node | None = None
+    keys: tuple[Given, ...] = ()
+
+    @property
+    def torch_causal(self) -> bool | None:
+        """PyTorch's own flag, where its operator computes the same without a mask; else None."""
+        plain = self.bias is None and not self.keys and self.parts.sink is None
+        form, known = self.form, plain and not self.form.softcap
+        if not known or form.window or form.offset:
+            return None
+        return form.causal
+
+
+def planned(node: Node) -> Planned | Refusal | None:
+    """How the attention around a node is rewritten.
+
+    rewrite:       softmax(scale q k^T + mask) v  -->  structc::attention(q, k, v, ..., form)
+                   sdpa(q, k, v, mask)            -->  structc::attention(q, k, v, ..., form)
+    Sound because: the operator computes the same sums in another order; a mask is left out only if
+        the graph proves which keys it shows at every length (:mod:`structc.passes.masks`), and is
+        handed over as it is otherwise. Queries that see no key give 0, as PyTorch's operator does.
+    Skips when:    the attention matrix is read elsewhere, weights are dropped at random, what
+        hides a key might not, or a query might see no key where the graph gives NaN or an average.
+    """
+    parts = attention_parts(node)
+    if not isinstance(parts, Parts):
+        return parts
+    rule, biases, plain = _rule(parts), [], parts.shown + parts.hidden
+    known = [seen_by(mask) for mask in parts.shown]
+    biases = [mask for mask, seen in zip(parts.shown, known, strict=True) if seen is None]
+    floors = [seen[1] for seen in known if seen is not None and seen[1] > -torch.inf]
+    square = _square(parts)
+    if not parts.fused or floors:  # a row without keys is NaN, or the average of all values
+        alive = rule.alive(square) or not plain
+        if not alive and (parts.hidden or not _added(parts)):
+            return _refuse("DEAD_ROWS", "a query may see no key, which gives NaN there, 0 here")
+        if not alive:  # as it is: exact whatever it hides
+            biases, rule = list(parts.shown), Rule()
+    fields = rule.fields()
+    if rule.nothing or fields is None or rule.rest:
+        if parts.hidden or len(parts.shown) != 1:
+            return _refuse("MASK", f"several masks, not all of them understood ({rule})")
+        biases = [parts.shown[0]]
+        fields = fields or {}
+    if len(biases) > 1:
+        return _refuse("MASK", "several tensors are added to its scores")
+    bias = biases[0] if biases else None
+    if bias is not None and not 1 <= len(shape_of(bias)) <= 4:
+        return _refuse("MASK", "a mask of more than four dimensions")
+    whole = bias is not None and bias.meta["val"].dtype == torch.bool
+    form = Softmax(parts.scale, softcap=parts.softcap, **fields)  # type: ignore[arg-type]
+    return Planned(parts, form, rule, bias, () if whole else rule.keys)
+
+
+def _rule(parts: Parts) -> Rule:
+    """What all masks together show, as far as the graph proves it."""
+    seen: list[Seen] = []
+    for mask in parts.shown:
+        found = seen_by(mask)
+        if found is not None:
+            seen.append(found[0])
+    for mask in parts.hidden:
+        found = seen_by(mask)
+        if found is not None:
+            seen.append(never(found[0]))
+    if parts.is_causal:
+        seen.append(AtMost(Line(((-2, -1), (-1, 1)), 0)))
+    return rule_of(All(tuple(seen)))
+
+
+def _added(parts: Parts) -> bool:
+    """Whether every mask is added to the scores."""
+    return all(m.meta["val"].dtype.is_floating_point for m in parts.shown) and not parts.hidden
+
+
+def _square(parts: Parts) -> bool:
+    scores = next((shape_of(n) for n in parts.nodes if n.target in SOFTMAX), None)
+    if scores is None:
+        scores = (shape_of(parts.q.node)[-2], shape_of(parts.k.node)[-2])
+    return str(scores[-2]) == str(scores[-1])
+
+
+def _refuse(code: str, reason: str) -> Refusal:
+    return Refusal("", "attention", code, reason)
+
+
+# ---------------------------------------------------------------------------- the graph
+
+
+def replace_attention(graph: Graph, found: Planned, nodes: Mapping[str, Node], kernel: str) -> Node:
+    """Put the operator in the place of an attention.
+
+    Args:
+        graph: to be changed.
+        found: of the graph that this one is a copy of.
+        nodes: of this graph by the name of their original.
+        kernel: ``"structc"``, or ``"torch"`` for PyTorch's operator without a mask.
+    """
+    parts, form = found.parts, found.form
+    out = nodes[parts.out.name]
+    with graph.inserting_before(out):
+        q, k, v = (_made(graph, p, nodes) for p in (parts.q, parts.k, parts.v))
+        if kernel == "torch":
+            grouped = shape_of(parts.k.node)[1:2] != shape_of(parts.q.node)[1:2]
+            new = graph.call_function(
+                SDPA,
+                (q, k, v, None, 0.0, form.causal),
+                {"scale": form.scale, "enable_gqa": grouped},
+            )
+        else:
+            bias = None if found.bias is None else _four(graph, nodes[found.bias.name], found.bias)
+            keys = _keys(graph, found.keys, nodes)
+            sink = None if parts.sink is None else nodes[parts.sink.name]
+            given = (q, k, v, bias, None, keys, None, sink, str(form))
+            both = graph.call_function(OPERATOR, given)
+            new = graph.call_function(operator.getitem, (both, 0))
+        for op, args in parts.back:
+            new = graph.call_function(op, (new, *args))
+    new.meta = dict(out.meta)
+    out.replace_all_uses_with(new)
+    graph.erase_node(out)
+    for node in reversed(parts.nodes):  # assertions about what is gone would keep it alive
+        for user in list(nodes[node.name].users) if node is not parts.out else ():
+            if user.target is ASSERTION:
+                graph.erase_node(user)
+    return new
+
+
+def _made(graph: Graph, operand: Operand, nodes: Mapping[str, Node]) -> Node:
+    node = nodes[operand.node.name]
+    for op, args in operand.steps:
+        node = graph.call_function(op, (node, *args))
+    return node
+
+
+def _four(graph: Graph, node: Node, original: Node) -> Node:
+    for _ in range(4 - len(shape_of(original))):
+        node = graph.call_function(aten.unsqueeze.default, (node, 0))
+    return node
+
+
+def _keys(graph: Graph, keys: tuple[Given, ...], nodes: Mapping[str, Node]) -> Node | None:
+    """(B or 1, n_k) of tensors with one row."""
+    found: Node | None = None
+    for given in keys:
+        node, rank = nodes[given.node.name], len(shape_of(given.node))
+        for _ in range(rank - 2):
+            node = graph.call_function(aten.select.int, (node, -2, 0))
+        if rank == 1:
+            node = graph.call_function(aten.unsqueeze.default, (node, 0))
+        if given.flipped:
+            node = graph.call_function(aten.logical_not.default, (node,))
+        found = (
+            node if found is None else graph.call_function(aten.logical_and.default, (found, node))
+        )
+    return found

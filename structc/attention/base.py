@@ -1,0 +1,179 @@
+"""What every attention method is: mathematics on q, k and v, with its cost and its error."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from structc.attention.exact import check_qkv, exact
+from structc.records import Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractMethod(abc.ABC):
+    """A way to compute, or to approximate, ``softmax(scale q k^T) v``.
+
+    A method is frozen data: two that are equal compute the same. It is called on
+    ``(batch, heads, length, head_dim)`` tensors and works alone, without a compiled model.
+
+    Laws (the contract suite checks them for every line of ``METHODS``):
+        ``method(q, k, v) == method.matrix(q, k) @ v`` up to rounding;
+        rows of ``matrix`` sum to 1, and with ``is_causal`` nothing is above its diagonal;
+        gradients are those of ``matrix(q, k) @ v``;
+        no intermediate has ``n_q n_k`` elements unless ``quadratic`` says so;
+        where ``certified``, the second value of ``attend`` is ``<p, s> + H(p)`` of each row, so
+        that ``lse_true - lse`` is the row's Kullback-Leibler divergence from exact attention.
+
+    Attributes:
+        scale: factor on ``q k^T``, ``1 / sqrt(d)`` if None.
+    """
+
+    name: ClassVar[str]
+    certified: ClassVar[bool] = False
+    """Whether ``attend`` gives the row sums that an error certificate needs."""
+    causal: ClassVar[bool] = True
+    """Whether it can be causal."""
+    quadratic: ClassVar[bool] = False
+    """Whether its time or memory grows as that of exact attention."""
+
+    scale: float | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output ``(B, H, n_q, d_v)``."""
+        return self.attend(q, k, v)[0]
+
+    @abc.abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output, and the row sums of :attr:`certified` methods ``(B, H, n_q)``."""
+
+    @abc.abstractmethod
+    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+        """The attention matrix ``(B, H, n_q, n_k)`` that the method stands for; for tests."""
+
+    @abc.abstractmethod
+    def flops(self, queries: int, keys: int, head_dim: int) -> float:
+        """Of one head."""
+
+    def applies(self, queries: int, keys: int) -> Refusal | None:
+        """Why it cannot be used for these lengths, or None."""
+        return None
+
+    def sigma(self, q: Tensor) -> float:
+        """The factor on ``q k^T``."""
+        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def refuse(self, code: str, reason: str) -> Refusal:
+        """A refusal of this method."""
+        return Refusal("", self.name, code, reason)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a method is from exact attention on some queries.
+
+    Attributes:
+        rows: queries that were looked at; the numbers speak of them alone.
+        kl, worst_kl: Kullback-Leibler divergence of the method's rows from exact ones, mean and
+            largest, in nats; NaN where the method's weights are no distribution.
+        tv, worst_tv: total variation ``sum |p - a| / 2``, mean and largest.
+        error: relative output error of these rows.
+        bound: mean of ``TV * diam(V)`` over the rows: what an output row may be off by.
+    """
+
+    rows: int
+    kl: float
+    worst_kl: float
+    tv: float
+    worst_tv: float
+    error: float
+    bound: float
+
+
+def certify(
+    method: AbstractMethod, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, rows: int = 64
+) -> Certificate:
+    """Hold a method against exact attention on sampled queries.
+
+    For a certified method the divergence of a row is ``lse_true - lse`` exactly; its total
+    variation is bounded by ``min(sqrt(KL / 2), sqrt(1 - exp(-KL)))`` (Pinsker; Bretagnolle and
+    Huber 1979). For the others weights are computed in full on the sampled rows.
+
+    Args:
+        method: to be judged.
+        q, k, v: ``(B, H, n, d)``, calibration data.
+        is_causal: whether exact attention is.
+        rows: how many queries, spread evenly, the last one among them.
+
+    Cost:    ``rows`` rows of exact attention and one call of the method.
+    Source:  the variational form of the log-partition function; Wainwright and Jordan 2008, 3.4.
+
+    >>> from structc.attention import Uniform
+    >>> q, k, v = torch.zeros(3, 1, 2, 50, 8).unbind(0)
+    >>> certify(Uniform(), q, k, v + 1, is_causal=False).worst_kl < 1e-6
+    True
+    """
+    n, m = q.shape[2], k.shape[2]
+    at = torch.linspace(n - 1, 0, min(rows, n)).round().long().unique()
+    got, lse = method.attend(q, k, v)
+    wide_k, wide_v = k.double(), v.double()
+    scores = method.sigma(q) * (q[:, :, at].double() @ wide_k.mT)
+    if is_causal:
+        scores = scores.masked_fill(torch.arange(m) > at[:, None], -math.inf)
+    true_lse = scores.logsumexp(-1)
+    true = (scores - true_lse[..., None]).exp()
+    want = true @ wide_v
+    if method.certified and lse is not None:
+        kl = (true_lse - lse[:, :, at].double()).clamp(min=0)
+        tv = torch.minimum((kl / 2).sqrt(), (1 - (-kl).exp()).sqrt())
+    else:
+        weights = method.matrix(q, k)[:, :, at].double()
+        tv = (weights - true).abs().sum(-1) / 2
+        logs = torch.where(weights > 0, weights.log() - true.log(), 0.0)
+        kl = (
+            (weights * logs).sum(-1)
+            if bool((weights >= 0).all())
+            else torch.full_like(tv, math.nan)
+        )
+    gap = (got[:, :, at].double() - want).norm() / want.norm().clamp(min=1e-300)
+    spread = (wide_v.amax(2) - wide_v.amin(2)).norm(dim=-1)  # at least the diameter
+    return Certificate(
+        at.numel(),
+        float(kl.mean()),
+        float(kl.max()),
+        float(tv.mean()),
+        float(tv.max()),
+        float(gap),
+        float((tv * spread[..., None]).mean()),
+    )
+
+
+def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Two attentions over disjoint keys as one: outputs and row sums.
+
+    ``o = (e^{l1} o1 + e^{l2} o2) / (e^{l1} + e^{l2})``, ``l = log(e^{l1} + e^{l2})``; associative
+    and commutative, and a row that sees no key on one side is the other's.
+
+    >>> q, k, v = torch.randn(3, 1, 1, 30, 8).unbind(0)
+    >>> a, b = (exact(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(9), slice(9, 30)))
+    >>> torch.allclose(merge(*a, *b)[0], exact(q, k, v), atol=1e-5)
+    True
+    """
+    top = torch.maximum(lse1, lse2)
+    top = top.masked_fill(top == -math.inf, 0)
+    a, b = (lse1 - top).exp(), (lse2 - top).exp()
+    total = (a + b).masked_fill(a + b == 0, 1)
+    o = (a / total)[..., None] * o1 + (b / total)[..., None] * o2
+    return o.to(o1.dtype), torch.logaddexp(lse1, lse2)
+
+
+def causal_mask(n: int, m: int) -> Tensor:
+    """True where query i sees key ``j <= i``."""
+    return torch.arange(m)[None] <= torch.arange(n)[:, None]
+
+
+__all__ = ["AbstractMethod", "Certificate", "causal_mask", "certify", "check_qkv", "exact", "merge"]

@@ -1,0 +1,261 @@
+"""Attention with a polynomial in place of the exponential: linear in the length."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from structc.attention.base import AbstractMethod, causal_mask, check_qkv
+from structc.errors import ConfigError
+
+CHUNK = 128
+"""Queries of the causal form that meet each other in full."""
+SLAB = 1 << 22
+"""Numbers of features that exist at a time."""
+
+
+@functools.lru_cache(maxsize=64)
+def minimax(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
+    """The polynomial nearest to ``exp`` on ``[-bound, bound]``, and its largest relative error.
+
+    Remez: ``sum_m a_m x^m e^{-x} - 1`` takes its largest size with alternating signs at
+    ``degree + 2`` points.
+
+    >>> coefficients, error = minimax(2, 1.0)
+    >>> [round(a, 6) for a in coefficients], round(error, 5)
+    ([1.027027, 1.113879, 0.469351], 0.03974)
+    """
+    count = degree + 2
+    points = -bound * np.cos(np.pi * np.arange(count) / (count - 1))
+    grid = np.linspace(-bound, bound, 4001)
+    error = 0.0
+    for _ in range(100):
+        signs = (-1.0) ** np.arange(count)
+        system = np.column_stack([*(points**m * np.exp(-points) for m in range(degree + 1)), signs])
+        solved = np.linalg.solve(system, np.ones(count))
+        off = np.polyval(solved[degree::-1], grid) * np.exp(-grid) - 1
+        points, largest = _extrema(grid, off, count)
+        if largest <= abs(solved[-1]) * (1 + 1e-9) or largest == error:
+            break
+        error = largest
+    return tuple(map(float, solved[:-1])), float(np.abs(off).max())
+
+
+def _extrema(grid: np.ndarray, off: np.ndarray, count: int) -> tuple[np.ndarray, float]:
+    """Where each run of one sign is largest."""
+    edges = np.flatnonzero(np.diff(np.sign(off)) != 0) + 1
+    runs = np.split(np.arange(len(grid)), edges)
+    peaks = [run[np.argmax(np.abs(off[run]))] for run in runs]
+    while len(peaks) > count:
+        peaks.pop(0 if abs(off[peaks[0]]) < abs(off[peaks[-1]]) else -1)
+    if len(peaks) < count:
+        return np.linspace(grid[0], grid[-1], count), float(np.abs(off).max())
+    return grid[peaks], float(np.abs(off[peaks]).max())
+
+
+@functools.lru_cache(maxsize=64)
+def monomials(dims: int, degree: int) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    """Exponents as sorted lists of dimensions, and the multinomial of each.
+
+    ``(x . y)^p = sum_alpha multinomial(alpha) x^alpha y^alpha`` over ``|alpha| = p``.
+
+    >>> monomials(2, 2)[0]
+    ((), (0,), (1,), (0, 0), (0, 1), (1, 1))
+    """
+    found, counts = [], []
+    for p in range(degree + 1):
+        for chosen in itertools.combinations_with_replacement(range(dims), p):
+            repeats = math.prod(math.factorial(chosen.count(c)) for c in set(chosen))
+            found.append(chosen)
+            counts.append(math.factorial(p) / repeats)
+    return tuple(found), tuple(counts)
+
+
+def features(x: Tensor, degree: int) -> Tensor:
+    """All monomials of the last dimension up to a degree, ``(..., C(d + degree, degree))``."""
+    rank, dims = [x.new_ones(*x.shape[:-1], 1)], x.shape[-1]
+    starts = list(range(dims + 1))  # of what each leading dimension multiplies, in the rank below
+    for p in range(1, degree + 1):
+        below = rank[-1]
+        if p == 1:
+            rank.append(x)
+            continue
+        rank.append(
+            torch.cat([x[..., c : c + 1] * below[..., starts[c] :] for c in range(dims)], -1)
+        )
+        widths = [below.shape[-1] - starts[c] for c in range(dims)]
+        starts = [0, *itertools.accumulate(widths)]
+    return torch.cat(rank, -1)
+
+
+@dataclass(frozen=True)
+class Polynomial(AbstractMethod):
+    """``o_i = sum_j f(s_ij) v_j / sum_j f(s_ij)``, f a polynomial of degree 1 to 4.
+
+    f is the minimax polynomial of ``exp`` on ``[-bound, bound]``: with relative error e < 1 there
+    rows are off by at most ``(1 - sqrt(1 - e^2)) / e`` in total variation. Scores past the bound
+    have no such promise, and f may be negative there. ``f(s) = phi(q) . phi(k)`` over monomials, so
+    keys and values become one matrix; the causal form carries it from chunk to chunk.
+
+    Args:
+        degree: of f.
+        bound: half-width of the interval of scores.
+        is_causal: whether later keys are hidden.
+        taylor: ``sum s^p / p!`` instead of the minimax polynomial (Fastmax).
+        normalize: subtract the mean over tokens of q and of k and divide by the largest norm,
+            as a layer trained with Fastmax does; not causal.
+        center: subtract the mean key: exact for softmax, and scores become smaller; not causal.
+        dropout: share of the features of degree 2 and more that are dropped, while gradients are
+            recorded.
+
+    Cost:    ``4 n D (d_v + 1)`` flops with ``D = C(d + degree, degree)`` features; the causal form
+             ``2 n CHUNK (2 d + 1)`` more. Memory of the gradient does not hold features: they are
+             computed again.
+    Source:  Fastmax, Gerami et al. 2024 (https://arxiv.org/abs/2402.07901); bounded entries: Alman
+             and Song 2023 (https://arxiv.org/abs/2302.13214).
+
+    >>> q, k, v = torch.randn(3, 1, 2, 40, 4).unbind(0)
+    >>> method = Polynomial(4, 1.0, scale=0.1)
+    >>> from structc.attention import exact
+    >>> torch.allclose(method(q, k, v), exact(q, k, v, scale=0.1), atol=1e-3)
+    True
+    """
+
+    name: ClassVar[str] = "polynomial"
+
+    degree: int
+    bound: float = 1.0
+    is_causal: bool = False
+    taylor: bool = False
+    normalize: bool = False
+    center: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.degree <= 4 or not 0 < self.bound < 20 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"polynomial: degree {self.degree} is 1 to 4, bound {self.bound} above 0 and below "
+                f"20, dropout {self.dropout} at least 0 and below 1"
+            )
+        if self.is_causal and (self.normalize or self.center):
+            raise ConfigError("polynomial: a mean over all tokens looks at later ones")
+
+    def coefficients(self) -> tuple[float, ...]:
+        """Of f, the constant first."""
+        if self.taylor:
+            return tuple(1 / math.factorial(p) for p in range(self.degree + 1))
+        return minimax(self.degree, self.bound)[0]
+
+    def tv_bound(self) -> float:
+        """Largest total variation of a row whose scores are inside the bound, at most 1."""
+        if self.taylor:
+            x = np.linspace(-self.bound, self.bound, 2001)
+            e = float(np.abs(np.polyval(self.coefficients()[::-1], x) / np.exp(x) - 1).max())
+        else:
+            e = minimax(self.degree, self.bound)[1]
+        return (1 - math.sqrt(1 - e * e)) / e if 0 < e < 1 else 1.0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        """The output; sums of f are no certificate."""
+        check_qkv(q, k, v)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = self._prepared(q.to(wide), k.to(wide))
+        x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
+        y = self._chunks(queries, keys, x) if self.is_causal else self._whole(queries, keys, x)
+        return (y[..., :-1] / y[..., -1:]).to(q.dtype), None
+
+    def _prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised as asked for, the scale in q."""
+        if self.normalize:
+            q, k = (t - t.mean(2, keepdim=True) for t in (q, k))
+            q, k = (t / t.norm(dim=-1).amax(2)[..., None, None].clamp(min=1e-12) for t in (q, k))
+            return q * (1.0 if self.scale is None else self.scale), k
+        if self.center:
+            k = k - k.mean(2, keepdim=True)
+        return q * self.sigma(q), k
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """``a_p multinomial`` of each feature, what is dropped at 0."""
+        chosen, counts = monomials(like.shape[-1], self.degree)
+        a = self.coefficients()
+        found = [a[len(c)] * count for c, count in zip(chosen, counts, strict=True)]
+        weights = torch.tensor(found, dtype=like.dtype)
+        if self.dropout and torch.is_grad_enabled() and like.requires_grad:
+            high = torch.tensor([len(c) > 1 for c in chosen])
+            kept = (torch.rand(len(chosen)) >= self.dropout).to(weights) / (1 - self.dropout)
+            weights = torch.where(high, weights * kept, weights)
+        return weights
+
+    def _whole(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        weights = self._weights(q)
+        step = max(1, SLAB // max(1, len(weights) * q.shape[0] * q.shape[1]))
+
+        def add(keys: Tensor, values: Tensor) -> Tensor:
+            return features(keys, self.degree).mT @ values
+
+        def meet(queries: Tensor, state: Tensor) -> Tensor:
+            return (features(queries, self.degree) * weights) @ state
+
+        sums = [_again(add, a, b) for a, b in zip(k.split(step, 2), x.split(step, 2), strict=True)]
+        state = torch.stack(sums).sum(0)
+        return torch.cat([_again(meet, part, state) for part in q.split(step, 2)], 2)
+
+    def _chunks(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        weights, n, m = self._weights(q), q.shape[2], k.shape[2]
+        state = x.new_zeros(*q.shape[:2], len(weights), x.shape[-1])
+
+        def inside(queries: Tensor, keys: Tensor, values: Tensor, before: Tensor) -> Tensor:
+            scores = self.f(queries @ keys.mT).masked_fill(
+                ~causal_mask(queries.shape[2], keys.shape[2]), 0
+            )
+            return scores @ values + (features(queries, self.degree) * weights) @ before
+
+        def after(before: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return before + features(keys, self.degree).mT @ values
+
+        found = []
+        for at in range(0, n, CHUNK):
+            rows, columns = slice(at, at + CHUNK), slice(min(at, m), at + CHUNK)
+            found.append(_again(inside, q[:, :, rows], k[:, :, columns], x[:, :, columns], state))
+            if at + CHUNK < n and at < m:
+                state = _again(after, state, k[:, :, columns], x[:, :, columns])
+        return torch.cat(found, 2)
+
+    def f(self, scores: Tensor) -> Tensor:
+        """The polynomial."""
+        a = self.coefficients()
+        found = torch.full_like(scores, a[-1])
+        for coefficient in a[-2::-1]:
+            found = found * scores + coefficient
+        return found
+
+    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+        """``f(s)`` with rows that sum to 1."""
+        queries, keys = self._prepared(q, k)
+        weights = self.f(queries @ keys.mT)
+        if self.is_causal:
+            weights = weights * causal_mask(q.shape[2], k.shape[2])
+        return weights / weights.sum(-1, keepdim=True)
+
+    def flops(self, queries: int, keys: int, head_dim: int) -> float:
+        """Of the products with features; in chunks, what meets in full besides."""
+        many = math.comb(head_dim + self.degree, self.degree)
+        whole = 2.0 * (queries + keys) * many * (head_dim + 1)
+        return whole + 2.0 * queries * CHUNK * (2 * head_dim + 1) * self.is_causal
+
+
+def _again(f: object, *args: Tensor) -> Tensor:
+    """A function's value, computed again for a gradient instead of what it holds meanwhile."""
+    assert callable(f)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in args):
+        found: Tensor = f(*args)
+        return found
+    return torch.as_tensor(checkpoint(f, *args, use_reentrant=False))
