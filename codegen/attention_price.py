@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structc import attend, hardware, settings, timing
+from structc import attend, hardware, settings
 from structc.codegen import attention, tuning_db
 from structc.codegen.cpu import build
 from structc.codegen.measure import ROUNDS
@@ -18,6 +18,7 @@ from structc.errors import ConfigError
 from structc.numerics import relative_error, tolerance
 from structc.records import AttentionCase, Price, Refusal, Timed
 from structc.softmax import Extras, Softmax, softmax_reference
+from structc.timing import interleaved
 
 log = logging.getLogger("structc.autotune")
 
@@ -108,7 +109,7 @@ def _measured(case: AttentionCase, effort: str) -> list[Row] | Refusal:
         made = attention.make(case.dtype)
         return made if isinstance(made, Refusal) else _refuse("UNSERVED", "no kernel serves it")
     with torch.inference_mode():
-        timed = timing.interleaved(calls, rounds=ROUNDS[effort], min_sample_ms=2.0)
+        timed = interleaved(calls, rounds=ROUNDS[effort], min_sample_ms=2.0)
     best = min((n for n in calls if n != "graph"), key=lambda n: timed[n].latency_ms)
     return [
         _row(name, timed[name], timed["graph"], case, effort if name == best else "")

@@ -164,11 +164,25 @@ def replace_attention(graph: Graph, found: Planned, nodes: Mapping[str, Node], k
     new.meta = dict(out.meta)
     out.replace_all_uses_with(new)
     graph.erase_node(out)
-    for node in reversed(parts.nodes):  # assertions about what is gone would keep it alive
-        for user in list(nodes[node.name].users) if node is not parts.out else ():
+    _erase(graph, [nodes[n.name] for n in parts.nodes if n is not parts.out])
+    return new
+
+
+def _erase(graph: Graph, gone: list[Node]) -> None:
+    """Take out what nothing reads now: dead-code elimination keeps dropouts and assertions."""
+    for node in gone:
+        for user in list(node.users):
             if user.target is ASSERTION:
                 graph.erase_node(user)
-    return new
+    before = -1
+    while len(gone) != before:
+        before, left = len(gone), []
+        for node in gone:
+            if node.users:
+                left.append(node)
+            else:
+                graph.erase_node(node)
+        gone = left
 
 
 def _made(graph: Graph, operand: Operand, nodes: Mapping[str, Node]) -> Node:

@@ -126,7 +126,7 @@ def test_kinds_of_models_come_back(
     with torch.no_grad():
         for size in case.sizes[:2]:
             got, want = run(again, case.call(*size)), run(fast, case.call(*size))
-            assert structc_error(got, want) == 0.0
+            assert structc_error(got, want) < 1e-6  # MKL's sums depend on where tensors lie
 
 
 def structc_error(got: Any, want: Any) -> float:

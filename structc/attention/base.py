@@ -25,7 +25,7 @@ class AbstractMethod(abc.ABC):
         ``method(q, k, v) == method.matrix(q, k) @ v`` up to rounding;
         rows of ``matrix`` sum to 1, and with ``is_causal`` nothing is above its diagonal;
         gradients are those of ``matrix(q, k) @ v``;
-        no intermediate has ``n_q n_k`` elements unless ``quadratic`` says so;
+        no intermediate has ``n_q n_k`` elements;
         where ``certified``, the second value of ``attend`` is ``<p, s> + H(p)`` of each row, so
         that ``lse_true - lse`` is the row's Kullback-Leibler divergence from exact attention.
 
@@ -38,8 +38,6 @@ class AbstractMethod(abc.ABC):
     """Whether ``attend`` gives the row sums that an error certificate needs."""
     causal: ClassVar[bool] = True
     """Whether it can be causal."""
-    quadratic: ClassVar[bool] = False
-    """Whether its time or memory grows as that of exact attention."""
 
     scale: float | None = None
 

@@ -1,0 +1,248 @@
+"""Masks are proven from the graph, and never from values at some lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from zoo import ZOO, bert, floats, ids, padded
+
+from structc.inputs import to_call
+from structc.passes.attention_parts import SDPA, SOFTMAX
+from structc.passes.capture import capture
+from structc.passes.masks import seen_by
+from structc.passes.rewrite_attention import Planned, planned
+from structc.passes.visibility import rule_of
+from structc.records import Refusal
+from structc.softmax import Softmax
+
+
+class Masked(nn.Module):
+    """Attention of q = k = v = x under a mask that is made from x."""
+
+    def __init__(self, mask: Callable[[Tensor], Tensor | None], spelled: bool = False) -> None:
+        super().__init__()
+        self.mask, self.spelled = mask, spelled
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        mask = self.mask(x)
+        if not self.spelled:
+            y = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        else:
+            scores = q @ q.transpose(-1, -2) * 0.5
+            if mask is not None and mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            elif mask is not None:
+                scores = scores + mask
+            y = scores.softmax(-1) @ q
+        return y.transpose(1, 2).flatten(-2)
+
+
+def plan_of(model: nn.Module, inputs: Any) -> Planned | Refusal:
+    """What is to become of the only attention of a model."""
+    captured = capture(model.eval(), to_call(inputs))
+    graph = (captured.analysis or captured.regions[0]).graph.graph
+    found = [
+        p
+        for n in graph.nodes
+        if n.op == "call_function" and (n.target is SDPA or n.target in SOFTMAX)
+        if (p := planned(n)) is not None
+    ]
+    assert found
+    return found[0]
+
+
+def places(x: Tensor) -> tuple[Tensor, Tensor]:
+    at = torch.arange(x.shape[1])
+    return at[:, None], at[None]
+
+
+def causal(x: Tensor) -> Tensor:
+    i, j = places(x)
+    return j <= i
+
+
+def band(x: Tensor) -> Tensor:
+    i, j = places(x)
+    return (j <= i) & (i - j < 300)  # longer than every example
+
+
+def sunk(x: Tensor) -> Tensor:
+    i, j = places(x)
+    return (j <= i) & ((j > i - 4) | (j < 2))
+
+
+def two_sided(x: Tensor) -> Tensor:
+    i, j = places(x)
+    return (i - j).abs() <= 3
+
+
+def lower(x: Tensor) -> Tensor:
+    n = x.shape[1]
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def above_hidden(x: Tensor) -> Tensor:
+    n = x.shape[1]
+    return torch.full((n, n), float("-inf")).triu(1)
+
+
+def added(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[1], x.shape[1]).masked_fill(~causal(x), torch.finfo(x.dtype).min)
+
+
+def chosen(x: Tensor) -> Tensor:
+    return torch.where(causal(x), 0.0, torch.finfo(x.dtype).min)[None, None]
+
+
+def nearly(x: Tensor) -> Tensor:
+    """Causal unless the first number is large, which no example shows."""
+    return causal(x) | (x[:, :1, :1] > 1e6)[:, None]
+
+
+def prefix(x: Tensor) -> Tensor:
+    i, j = places(x)
+    return (j <= i) | (j < 3)
+
+
+def every(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+
+
+PROVEN: dict[str, tuple[Callable[[Tensor], Tensor | None], str]] = {
+    "none": (lambda x: None, "all_true"),
+    "every": (every, "all_true"),
+    "causal": (causal, "causal"),
+    "tril": (lower, "causal"),
+    "triu of -inf": (above_hidden, "causal"),
+    "zeros filled": (added, "causal"),
+    "where": (chosen, "causal"),
+    "band": (band, "causal, window 300"),
+    "sinks": (sunk, "causal, window 4, 2 sinks"),
+    "two-sided": (two_sided, "up to +3, window 4"),
+    "not quite causal": (nearly, "data_dependent"),
+    "prefix": (prefix, "data_dependent"),
+}
+
+
+@pytest.mark.parametrize("spelled", [False, True], ids=["sdpa", "softmax"])
+@pytest.mark.parametrize("name", PROVEN)
+def test_what_the_graph_proves(name: str, spelled: bool) -> None:
+    mask, want = PROVEN[name]
+    found = plan_of(Masked(mask, spelled), floats(2, 9, 8))
+    if isinstance(found, Refusal):
+        assert spelled and want == "data_dependent" and found.code == "DEAD_ROWS"
+        return
+    assert str(found.rule) == want or found.bias is not None
+    assert (found.bias is not None) == (want == "data_dependent")
+
+
+@pytest.mark.parametrize("spelled", [False, True], ids=["sdpa", "softmax"])
+@pytest.mark.parametrize("name", PROVEN)
+@pytest.mark.parametrize("length", [3, 9, 70, 400])
+def test_what_is_proven_is_so_at_every_length(name: str, spelled: bool, length: int) -> None:
+    mask, _ = PROVEN[name]
+    found = plan_of(Masked(mask, spelled), floats(2, 9, 8))
+    if isinstance(found, Refusal) or found.bias is not None:
+        pytest.skip("handed over as it is")
+    shown = mask(torch.zeros(2, length, 8))
+    at = torch.arange(length)
+    seen = found.form.visible(at, at)
+    seen = torch.ones(length, length, dtype=torch.bool) if seen is None else seen
+    if shown is None:
+        assert bool(seen.all())
+    else:
+        true = shown if shown.dtype == torch.bool else shown == 0
+        assert torch.equal(seen, true.expand(1, 1, length, length)[0, 0])
+
+
+OPS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "j <= i + c": lambda i, j, c: j <= i + c,
+    "j < i + c": lambda i, j, c: j < i + c,
+    "i - j < c": lambda i, j, c: i - j < c,
+    "i >= j - c": lambda i, j, c: i >= j - c,
+    "j < c": lambda i, j, c: j < c,
+    "j >= 0": lambda i, j, c: j >= 0,
+    "2 j > c": lambda i, j, c: 2 * j > c,
+    "|i - j| <= c": lambda i, j, c: (i - j).abs() <= abs(c),
+    "i == j": lambda i, j, c: i == j,
+    "-i <= c": lambda i, j, c: -i <= abs(c),
+}
+
+
+class Alone(nn.Module):
+    """A mask and nothing else."""
+
+    def __init__(self, mask: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask(x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    words=st.lists(
+        st.tuples(st.sampled_from(sorted(OPS)), st.integers(-4, 6)), min_size=1, max_size=3
+    ),
+    joins=st.lists(st.sampled_from(["and", "or"]), min_size=2, max_size=2),
+    flip=st.booleans(),
+)
+def test_random_masks_are_read_right(
+    words: list[tuple[str, int]], joins: list[str], flip: bool
+) -> None:
+    """Whatever a form says of a mask is true of it at lengths that no example had."""
+
+    def mask(x: Tensor) -> Tensor:
+        i, j = places(x)
+        ones = [OPS[word](i, j, c) for word, c in words]
+        found = ones[0]
+        for join, one in zip(joins, ones[1:], strict=False):
+            found = found & one if join == "and" else found | one
+        found = found & (j >= 0) & (i >= 0)  # every mask has both dimensions
+        return ~found if flip else found
+
+    lengths = {"x": {1: torch.export.Dim.AUTO}}
+    graph = torch.export.export(Alone(mask), (torch.zeros(1, 7, 8),), dynamic_shapes=lengths).graph
+    (node,) = graph.output_node().args[0]
+    told = seen_by(node)
+    assert told is not None
+    rule = rule_of(told[0])
+    fields = rule.fields()
+    if rule.rest or rule.nothing or fields is None:
+        return
+    for length in (1, 5, 23):
+        at = torch.arange(length)
+        seen = Softmax(1.0, **fields).visible(at, at)
+        seen = torch.ones(length, length, dtype=torch.bool) if seen is None else seen
+        assert torch.equal(seen, mask(torch.zeros(1, length, 8)).expand(length, length))
+
+
+@pytest.mark.parametrize(
+    ("name", "proven", "torch_causal"),
+    [("bert", "padding", None), ("gpt2", "causal", True), ("llama", "causal", True),
+     ("vit", "all_true", False), ("encoder", "all_true", False)],
+)  # fmt: skip
+def test_real_models(name: str, proven: str, torch_causal: bool | None) -> None:
+    found = plan_of(ZOO[name].model(), ZOO[name].call())
+    assert isinstance(found, Planned)
+    assert str(found.rule) == proven and found.torch_causal == torch_causal
+    assert found.bias is None and bool(found.keys) == ("padding" in proven)
+
+
+def test_padding_that_may_hide_every_key_stays_added() -> None:
+    found = plan_of(bert(attn_implementation="eager"), padded(2, 7))
+    assert isinstance(found, Planned) and found.bias is not None and found.rule.full
+    causal_bert = bert(is_decoder=True, use_cache=False)
+    found = plan_of(causal_bert, padded(2, 6))
+    assert isinstance(found, Planned) and str(found.rule) == "causal, padding"
+    assert isinstance(plan_of(causal_bert, {"input_ids": ids(2, 6)}), Planned)
