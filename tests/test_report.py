@@ -115,6 +115,9 @@ def model_sites(blocks: int = 6) -> tuple[Sites, dict[str, list[Candidate]], dic
             12,
             32,
             256,
+            proven="padding",
+            kernel="structc",
+            price=Price("softmax", 8192, 21.0, 33.6, "structc", {}, "sdpa", 0.02, "measured"),
         )
         for d in range(blocks)
     )
@@ -272,7 +275,9 @@ def hostile() -> Report:
     found = candidate(site, HOSTILE, {HOSTILE: 3}, 10, 1.0, 0.1)
     v = model_verification()
     timed = {**v.latency, HOSTILE: v.latency["eager"]}
-    attention = AttentionSite(HOSTILE, NodeRef("", ""), HOSTILE, HOSTILE, None, 1, 1, 1, 1)
+    attention = AttentionSite(
+        HOSTILE, NodeRef("", ""), HOSTILE, HOSTILE, None, 1, 1, 1, 1, kernel=HOSTILE
+    )
     return build(
         model_name=HOSTILE,
         options={HOSTILE: HOSTILE, "budget": {HOSTILE: [HOSTILE]}},

@@ -232,8 +232,7 @@ def _attention(data: Json, width: int) -> Iterator[Text | Table]:
         [
             row["name"],
             row["spelling"].replace("_", " "),
-            row["mask_kind"].replace("_", " "),
-            row["proven"] or "-",
+            (row["proven"] or row["mask_kind"]).replace("_", " "),
             view.heads(row),
             *(str(row[k]) for k in ("head_dim", "length", "ops")),
             view.attention_kernel(row),
@@ -241,7 +240,7 @@ def _attention(data: Json, width: int) -> Iterator[Text | Table]:
         for row in view.attention_groups(data)[:_MOST_GROUPS]
     ]
     columns = (
-        *("layer", "spelling", "mask", "proven", "heads", "head dim", "length", "ops"),
+        *("layer", "spelling", "mask", "heads", "head dim", "length", "ops"),
         "computed by",
     )
     yield _table(columns, rows, width, "heads|head dim|length|ops")

@@ -364,8 +364,9 @@ def attention_kernel(op: Json) -> str:
     """What computes an attention, and how much faster that is; or why nothing else does."""
     ours, dense = op["chosen_ms"], op["dense_ms"]
     if not op["kernel"]:
-        return f"as it is ({op['why'].partition(':')[0].lower().replace('_', ' ')})"
-    name = {"structc": "structc", "torch": "PyTorch, no mask"}[op["kernel"]]
+        why = op["why"].partition(":")[0].lower().replace("_", " ")
+        return f"as it is ({why})" if why else "as it is"
+    name = {"torch": "PyTorch, no mask"}.get(op["kernel"], op["kernel"])
     return f"{name}, {dense / ours:.2f}x" if ours and dense else name
 
 
