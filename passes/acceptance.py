@@ -28,6 +28,10 @@ UNFILTERED = (
     "long convolutions by FFT do not agree with the model on the data: they stay as they are, and "
     "the module tree runs without graphs"
 )
+NOT_FINITE = (
+    "the original's output holds NaN or infinities on held-out calls: of those only the places "
+    "were compared"
+)
 BLAME = 0.5
 """Filters are what is wrong if the error without them is below this share."""
 SAME = 1.01
@@ -89,6 +93,8 @@ def verify_product(
     notes = list(lab.quality.notes if lab.quality else ())
     if filtered and not lab.captured.filters:
         notes.append(UNFILTERED)
+    if not all(V.finite(wanted) for wanted in lab.wanted("verify")):
+        notes.append(NOT_FINITE)
     if not settled.measured.held:
         notes.append("the model's own layers do not agree with it: is it deterministic?")
     raced = _raced(lab, table, settled, effort, progress, fast_chains)

@@ -182,6 +182,10 @@ def _site(
         refusals.append(Refusal(weight, "detect", "SCRIPTED", reason))
         return None
     tensor = operator.attrgetter(weight)(captured.tree)
+    if not bool(torch.isfinite(tensor).all()):
+        reason = "its weight holds a NaN or an infinity, which no fit can be near"
+        refusals.append(Refusal(item.module or weight, "detect", "NONFINITE", reason))
+        return None
     transposed = item.uses[0].transposed if module is None else _is_conv1d(module)
     m, n = tensor.shape[::-1] if transposed else tensor.shape
     bias = item.uses[0].bias if module is None else _own_bias(captured.tree, module)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from structc.budget import Budget
 from structc.errors import ConfigError
@@ -137,6 +138,12 @@ def worst_error(model: nn.Module, calls: Sequence[Call], wanted: Sequence[Any]) 
             got = run(model, clone_call(call))
             worst = max(worst, output_error(got, want, token_mask(call)))
     return worst
+
+
+def finite(output: Any) -> bool:
+    """Whether every floating tensor of an output is finite."""
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    return all(bool(torch.isfinite(t).all()) for t in leaves if t.is_floating_point())
 
 
 def exact_tolerance(output: Any) -> float:

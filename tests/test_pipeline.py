@@ -791,3 +791,18 @@ def test_the_work_of_another_conversion_is_not_taken(
     options |= change
     with pytest.raises(structc.ResumeMismatch, match=f"{field} was"):
         structc.compile(options.pop("model", mlp()), options.pop("example", inputs(512)), **options)
+
+
+def test_outputs_that_are_not_finite_are_told() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    fast = structc.compile(model, torch.full((3, 6), float("nan")), effort="none")
+    assert any("NaN or infinities" in note for note in fast.report.to_dict()["notes"])
+    again = structc.compile(model, torch.randn(3, 6), effort="none")
+    assert not any("NaN or infinities" in note for note in again.report.to_dict()["notes"])
+
+
+def test_a_rank_that_the_layer_has_not_is_refused() -> None:
+    model, budget = nn.Sequential(nn.Linear(16, 16)), structc.Budget(error=0.9)
+    config = {"0": {"family": "low_rank", "rank": 99}}
+    fast = structc.compile(model, torch.randn(4, 16), budget=budget, config=config, effort="none")
+    assert any("not in 1..16" in r["reason"] for r in fast.report.to_dict()["refusals"])

@@ -59,7 +59,9 @@ class LowRank(AbstractStructured):
     def form_of(
         cls, in_features: int, out_features: int, hyper: Hyper, *, bias: bool, activation: str
     ) -> Tile:
-        r = hyper["rank"]
+        r, most = hyper["rank"], min(in_features, out_features)
+        if not 1 <= r <= most:
+            raise ValueError(f"rank {r} is not in 1..{most}")
         program = Tile((Block(1, r, in_features, 1), Block(1, out_features, r, 1)))
         return with_epilogue(program, bias=bias, activation=activation)
 

@@ -80,8 +80,8 @@ def part_is_deficient(part: Array, most: int, noise: float) -> bool:
 def thin(values: Array, most: int, tolerance: float) -> tuple[Array, Array] | None:
     """U ``(m, r)`` and V ``(r, n)`` of the least rank r <= most within a relative residual.
 
-    Math:    Q from a random range finder of growing size, W ~ Q (Q^H W), then the SVD of the
-             small factor; the tail of its singular values decides the rank.
+    Math:    Q from a random range finder of growing size with one power step, W ~ Q (Q^H W), then
+             the SVD of the small factor; the tail of its singular values decides the rank.
     Source:  Halko, Martinsson and Tropp 2011.
 
     >>> u, v = thin(np.outer([1.0, 2.0, 3.0], [1.0, 1.0]), 1, 1e-12)
@@ -97,6 +97,8 @@ def thin(values: Array, most: int, tolerance: float) -> tuple[Array, Array] | No
         size = min(size, most + MARGIN, full)
         sample = values @ rng.normal(size=(values.shape[1], size))
         basis = np.linalg.qr(sample)[0]
+        # once more: a sample hardly wider than the rank would enlarge what rounding left
+        basis = np.linalg.qr(values @ (values.conj().T @ basis))[0]
         rest = basis.conj().T @ values
         if np.linalg.norm(values - basis @ rest) <= tolerance * norm:
             break

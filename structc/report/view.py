@@ -83,7 +83,9 @@ class Group:
         """Smallest and largest error of what is shown."""
         found = [c for c in self.shown if c]
         known = sorted(c["error"] for c in found if c["error"] is not None and not c["exact"])
+        unknown = any(c["error"] is None and not (c["exact"] or c["diverged"]) for c in found)
         texts = ["exact"] if any(c["exact"] for c in found) else []
+        texts += [NONE] if texts and unknown else []
         texts += [number(e, 2) for e in [*known[:1], *known[-1:]]]
         texts += [error(c) for c in found if c["diverged"]]
         return "..".join(dict.fromkeys(texts)) or NONE
@@ -366,7 +368,7 @@ def attention_kernel(op: Json) -> str:
     if not op["kernel"]:
         why = op["why"].partition(":")[0].lower().replace("_", " ")
         return f"as it is ({why})" if why else "as it is"
-    name = {"torch": "PyTorch, no mask"}.get(op["kernel"], op["kernel"])
+    name = "PyTorch, no mask" if op["kernel"] == "torch" else str(op["kernel"])
     return f"{name}, {dense / ours:.2f}x" if ours and dense else name
 
 

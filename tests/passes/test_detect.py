@@ -134,6 +134,15 @@ def test_conv1d_is_a_linear_layer_stored_transposed() -> None:
     assert "tied" in sites["lm_head"].tags and not sites["lm_head"].transposed
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_left_alone(value: float) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    model[0].weight.data[3, 3] = value
+    found = sites_of(model, floats(3, 6))
+    assert [s.name for s in found.linear] == ["1"]
+    assert [(r.site, r.code) for r in found.refusals] == [("0", "NONFINITE")]
+
+
 def test_packed_projection_of_multihead_attention() -> None:
     sites = {s.name: s for s in sites_of(ZOO["encoder"].model(), floats(2, 7, 32)).linear}
     packed = sites["layers.0.self_attn.in_proj_weight"]

@@ -158,6 +158,17 @@ def test_the_least_rank_is_found() -> None:
     assert found.family.hyper()["rank"] == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [9, 15, 16, 17, 18, 20, 21, 22, 24, 31])
+def test_every_rank_in_narrow_dtypes(rank: int, dtype: torch.dtype) -> None:
+    """A random range finder hardly wider than the rank enlarges what rounding left."""
+    for seed in range(3):
+        matrix = tensor(normal(128, rank, seed=seed) @ normal(rank, 128, seed=seed + 9)).to(dtype)
+        found = recognize(matrix)
+        assert found is not None and found.name == "low_rank"
+        assert isinstance(found.family, LowRank) and found.family.hyper() == {"rank": rank}
+
+
 def test_rows_that_repeat_are_low_rank_and_no_transform() -> None:
     found = recognize(tensor(normal(8, 1) @ np.abs(normal(1, 16))))
     assert found is not None and found.name == "low_rank"
