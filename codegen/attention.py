@@ -24,8 +24,8 @@ from structc.softmax import Extras, Softmax, softmax_reference
 
 PANEL, EXTRA = 64, 4
 """Keys packed together, and words beside them (``attention.h``)."""
-TILE = 48
-"""Queries of a tile."""
+TILE, BLOCK_TILES = 48, (64, 48, 96, 80, 32)
+"""Queries of a tile; of one that must lie within a block of queries, the best first."""
 FITS = 1 << 17
 """Words of one head that a thread may pack for itself: half an L2."""
 _BIAS = {torch.float32: 1, torch.bool: 2, torch.bfloat16: 3}
@@ -153,7 +153,7 @@ def _layout(
     panels = -(-m // PANEL)
     wide = -(-dv // 16) * 16
     words = panels * (-(-d // per_word) * PANEL + PANEL // per_word * wide + EXTRA)
-    tile = min(TILE, form.block_q) if form.block_q >= 16 else TILE
+    tile = next((t for t in BLOCK_TILES if form.block_q and form.block_q % t == 0), TILE)
     alone = words <= FITS and b * g >= 2 * threads
     return None if alone else torch.empty(b * g * words, dtype=torch.int32), tile
 

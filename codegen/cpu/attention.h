@@ -316,8 +316,10 @@ struct Tile {
     bool any = true;
     if (c.bias_kind == 2 || c.blocks_at) {
       uint64_t all = ~0ull, some = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        uint64_t bits = range_bits(r, found.panel);
+      const bool alike = c.bias_kind != 2 && per_head == rows &&
+                         position(0) / c.block_q == position(rows - 1) / c.block_q;
+      for (int64_t r = 0; r < (alike ? 1 : rows); ++r) {
+        uint64_t bits = alike ? ~0ull : range_bits(r, found.panel);
         if (c.bias_kind == 2) bits &= mask_bits(r, found.panel);
         if (c.blocks_at) bits &= block_bits(r, found.panel);
         all &= bits;

@@ -12,7 +12,7 @@ from torch import Tensor
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv, exact, merge
 from structc.errors import ConfigError
 
-LEAF = 512
+LEAF = 1024
 """Queries and keys that the causal form computes exactly."""
 LEAST = 1e-9
 """Weight that a block of keys counts as having at least."""

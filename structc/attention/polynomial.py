@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,7 @@ from structc.errors import ConfigError
 
 CHUNK = 128
 """Queries of the causal form that meet each other in full."""
-SLAB = 1 << 22
+SLAB = 1 << 19
 """Numbers of features that exist at a time."""
 
 
@@ -209,25 +210,32 @@ class Polynomial(AbstractMethod):
         return torch.cat([_again(meet, part, state) for part in q.split(step, 2)], 2)
 
     def _chunks(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
-        weights, n, m = self._weights(q), q.shape[2], k.shape[2]
+        """Chunks meet themselves in full, and all before them as one matrix; several at a time."""
+        weights, n = self._weights(q), q.shape[2]
+        most = k.shape[2]
+        whole = -(-n // CHUNK) * CHUNK
+        q = F.pad(q, (0, 0, 0, whole - n))
+        k, x = (F.pad(t[:, :, :n], (0, 0, 0, whole - min(n, most))) for t in (k, x))
+        parts = [t.unflatten(2, (-1, CHUNK)) for t in (q, k, x)]
         state = x.new_zeros(*q.shape[:2], len(weights), x.shape[-1])
+        together = max(1, SLAB // (state.numel() + CHUNK * q.shape[0] * q.shape[1] * len(weights)))
+        lower = causal_mask(CHUNK, CHUNK)
 
-        def inside(queries: Tensor, keys: Tensor, values: Tensor, before: Tensor) -> Tensor:
-            scores = self.f(queries @ keys.mT).masked_fill(
-                ~causal_mask(queries.shape[2], keys.shape[2]), 0
-            )
-            return scores @ values + (features(queries, self.degree) * weights) @ before
-
-        def after(before: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return before + features(keys, self.degree).mT @ values
+        def some(queries: Tensor, keys: Tensor, values: Tensor, before: Tensor) -> Tensor:
+            sums = (features(keys, self.degree).mT @ values).cumsum(2)
+            ahead = torch.cat([torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]], 2)
+            near = self.f(queries @ keys.mT).masked_fill(~lower, 0) @ values
+            far = (features(queries, self.degree) * weights) @ (ahead + before[:, :, None])
+            # what goes on to the next chunks is a row more
+            return torch.cat([(near + far).flatten(2, 3), before + sums[:, :, -1]], 2)
 
         found = []
-        for at in range(0, n, CHUNK):
-            rows, columns = slice(at, at + CHUNK), slice(min(at, m), at + CHUNK)
-            found.append(_again(inside, q[:, :, rows], k[:, :, columns], x[:, :, columns], state))
-            if at + CHUNK < n and at < m:
-                state = _again(after, state, k[:, :, columns], x[:, :, columns])
-        return torch.cat(found, 2)
+        for group in zip(*(t.split(together, 2) for t in parts), strict=True):
+            both = _again(some, *group, state)
+            rows = group[0].shape[2] * CHUNK
+            found.append(both[:, :, :rows])
+            state = both[:, :, rows:]
+        return torch.cat(found, 2)[:, :, :n]
 
     def f(self, scores: Tensor) -> Tensor:
         """The polynomial."""
