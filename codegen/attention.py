@@ -20,7 +20,7 @@ from structc.codegen.cpu.program import DTYPES
 from structc.codegen.cpu.tile import TOLERANCE
 from structc.numerics import relative_error
 from structc.records import Refusal
-from structc.softmax import Extras, Softmax, softmax_reference
+from structc.softmax import NOTHING, Extras, Softmax, softmax_reference
 
 PANEL, EXTRA = 64, 4
 """Keys packed together, and words beside them (``attention.h``)."""
@@ -109,35 +109,54 @@ class AttentionKernel:
         lse: Tensor,
     ) -> bool:
         """Write output and row sums, all of them; False, and nothing, if these are not served."""
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        bias, lags, keys, blocks, sink = extras
-        if bias is not None and bias.dtype not in _BIAS:
-            return False
-        lags, keys, sink = (None if t is None else t.contiguous() for t in (lags, keys, sink))
-        lags, sink = (None if t is None else t.float() for t in (lags, sink))
+        if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+            q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
         b, h, n, d = q.shape
-        g, m, dv = k.shape[1], k.shape[2], v.shape[3]
+        _, g, m, dv = v.shape
         threads = torch.get_num_threads()
-        packed, tile = _layout(self.dtype, (b, h, g, n, m, d, dv), threads, form)
-        sizes = [b, h, h // g, n, m, d, dv]
-        for t in (q, k, v, o):
-            sizes += [_stride(t, at) for at in range(3)]
-        sizes += [int(form.causal), form.offset, form.window, form.sinks, threads, tile]
-        sizes += [0 if bias is None else _BIAS[bias.dtype]]
-        sizes += [0] * 4 if bias is None else [_stride(bias, at) for at in range(4)]
-        sizes += [0 if lags is None else _stride(lags, 0), 0 if keys is None else _stride(keys, 0)]
-        sizes += [0] * 4 if blocks is None else [_stride(blocks, at) for at in range(4)]
-        sizes += [form.block_q, form.block_k]
-        given = (q, k, v, o, lse, bias, lags, keys, blocks, sink, packed)
-        pointers = [None if t is None else t.data_ptr() for t in given]
+        packed, tile = _layout(self.dtype, (b, g, m, d, dv), threads, form)
+        sizes = [b, h, h // g, n, m, d, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+        sizes += o.stride()[:3]
+        sizes += (form.causal, form.offset, form.window, form.sinks, threads, tile)
+        if extras is NOTHING or extras == NOTHING:
+            sizes += _PLAIN
+            rest: tuple[Tensor | None, ...] = NOTHING
+        else:
+            if extras.bias is not None and extras.bias.dtype not in _BIAS:
+                return False
+            rest = _contiguous(extras)
+            sizes += _given(Extras(*rest), form)
+        pointers: list[int | None] = [t.data_ptr() for t in (q, k, v, o, lse)]
+        pointers += [None if t is None else t.data_ptr() for t in (*rest, packed)]
         failed = self.function(
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            (ctypes.c_void_p * len(pointers))(*pointers),
-            (ctypes.c_float * 2)(form.scale, form.softcap),
+            _SIZES(*sizes), _POINTERS(*pointers), _REALS(form.scale, form.softcap)
         )
         if failed:
             raise RuntimeError(f"emitted attention kernel failed ({failed})")
         return True
+
+
+_COUNT = 40
+_SIZES, _POINTERS, _REALS = ctypes.c_int64 * _COUNT, ctypes.c_void_p * 11, ctypes.c_float * 2
+_PLAIN = (0,) * 13
+"""What is said of extras where there are none."""
+
+
+def _contiguous(extras: Extras) -> tuple[Tensor | None, ...]:
+    """The tensors as the kernel reads them."""
+    bias, lags, keys, blocks, sink = extras
+    lags, sink = (None if t is None else t.float() for t in (lags, sink))
+    lags, keys, sink = (None if t is None else t.contiguous() for t in (lags, keys, sink))
+    return bias, lags, keys, blocks, sink
+
+
+def _given(extras: Extras, form: Softmax) -> list[int]:
+    """What the kernel is told of extras: strides, those of dimensions that repeat are 0."""
+    bias, lags, keys, blocks, _ = extras
+    sizes = [0] * 5 if bias is None else [_BIAS[bias.dtype], *(_stride(bias, i) for i in range(4))]
+    sizes += [0 if lags is None else _stride(lags, 0), 0 if keys is None else _stride(keys, 0)]
+    sizes += [0] * 4 if blocks is None else [_stride(blocks, i) for i in range(4)]
+    return [*sizes, form.block_q, form.block_k]
 
 
 def _stride(t: Tensor, at: int) -> int:
@@ -148,7 +167,7 @@ def _layout(
     dtype: torch.dtype, sizes: tuple[int, ...], threads: int, form: Softmax
 ) -> tuple[Tensor | None, int]:
     """Where heads are packed (None: each thread packs its own), and queries of a tile."""
-    b, _, g, _, m, d, dv = sizes
+    b, g, m, d, dv = sizes
     per_word = 4 // dtype.itemsize
     panels = -(-m // PANEL)
     wide = -(-dv // 16) * 16

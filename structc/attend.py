@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from structc import ops
-from structc.softmax import Extras, Softmax, softmax_backward, softmax_reference
+from structc.softmax import NOTHING, Extras, Softmax, softmax_backward, softmax_reference
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Softmax, Extras], tuple[Tensor, Tensor] | None]
 """Output and row sums, or None for inputs that it does not serve."""
@@ -36,19 +36,15 @@ ops._LIB.define(
 _kernels: dict[tuple[str, torch.dtype], Kernel | None] = {}
 
 
-NOTHING = Extras()
-
-
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, form: Softmax | str, extras: Extras = NOTHING
+    q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras = NOTHING
 ) -> tuple[Tensor, Tensor]:
     """``structc::attention``; past the dispatcher where nothing watches it."""
-    text = str(form)
-    given = [t for t in (q, k, v, *extras) if t is not None]
+    given = (q, k, v) if extras is NOTHING else [t for t in (q, k, v, *extras) if t is not None]
     if ops.watched(given):
-        o, lse = torch.ops.structc.attention(q, k, v, *extras, text)
+        o, lse = torch.ops.structc.attention(q, k, v, *extras, str(form))
         return o, lse
-    return _attention(q, k, v, *extras, form=text)
+    return _run(q, k, v, form, extras)
 
 
 def attention_of(
@@ -57,7 +53,8 @@ def attention_of(
     """The operator with its own arguments."""
     *extras, form = rest
     assert isinstance(form, str)
-    return attention(q, k, v, form, Extras(*extras))  # type: ignore[arg-type]
+    some = NOTHING if not any(t is not None for t in extras) else Extras(*extras)  # type: ignore[arg-type]
+    return attention(q, k, v, Softmax.parse(form), some)
 
 
 def kernel_for(device: str, dtype: torch.dtype) -> Kernel | None:
@@ -85,29 +82,33 @@ def _attention(
     sink: Tensor | None,
     form: str,
 ) -> tuple[Tensor, Tensor]:
+    return _run(q, k, v, Softmax.parse(form), Extras(bias, lags, keys, blocks, sink))
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> tuple[Tensor, Tensor]:
     ops.count_call()
-    parsed, extras = Softmax.parse(form), Extras(bias, lags, keys, blocks, sink)
-    _check(q, k, v, parsed, extras)
+    _check(q, k, v, form, extras)
     kernel = kernel_for(q.device.type, q.dtype)
     if kernel is not None and q.numel() and k.numel() and v.numel():
-        found = kernel(q, k, v, parsed, extras)
+        found = kernel(q, k, v, form, extras)
         if found is not None:
             return found
-    return softmax_reference(q, k, v, parsed, extras)
+    return softmax_reference(q, k, v, form, extras)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> None:
     """A kernel reads what the form says, whatever it is given: the operator looks first."""
-    shapes = [tuple(t.shape) for t in (q, k, v)]
-    fits = all(len(s) == 4 for s in shapes) and len({t.dtype for t in (q, k, v)}) == 1
+    fits = q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype
     if fits:
-        (b, h, n, d), (kb, g, m, kd), (vb, vg, vm, _) = shapes
+        (b, h, n, d), (kb, g, m, kd), (vb, vg, vm, _) = q.shape, k.shape, v.shape
         fits = b == kb == vb and g == vg and m == vm and d == kd and (h == g or h % max(1, g) == 0)
     if not fits or not q.is_floating_point():
-        dtypes = [t.dtype for t in (q, k, v)]
-        raise RuntimeError(
-            f"structc::attention takes (B, H, n, d) tensors, got {shapes} in {dtypes}"
-        )
+        shapes, dtypes = [tuple(t.shape) for t in (q, k, v)], [t.dtype for t in (q, k, v)]
+        raise RuntimeError(f"structc::attention takes (B, H, n, d), got {shapes} in {dtypes}")
+    if (extras.blocks is None) != (form.block_q == 0):
+        raise RuntimeError("structc::attention takes blocks together with their size")
+    if extras is NOTHING:
+        return
     for name, want in (
         ("bias", (b, h, n, m)),
         ("lags", (h, n + m - 1)),
@@ -127,8 +128,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> No
             raise RuntimeError(f"structc::attention takes {name} of {want}, got {shape}")
         if name in ("keys", "blocks") and given.dtype != torch.bool:
             raise RuntimeError(f"structc::attention takes boolean {name}, got {given.dtype}")
-    if (extras.blocks is None) != (form.block_q == 0):
-        raise RuntimeError("structc::attention takes blocks together with their size")
 
 
 def _attention_fake(

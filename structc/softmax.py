@@ -133,6 +133,9 @@ class Extras(NamedTuple):
     sink: Tensor | None = None
 
 
+NOTHING = Extras()
+
+
 def softmax_reference(
     q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras
 ) -> tuple[Tensor, Tensor]:

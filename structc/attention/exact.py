@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structc.attend import attention
 from structc.errors import ConfigError
-from structc.softmax import Extras, Softmax
+from structc.softmax import NOTHING, Extras, Softmax
 
 
 @overload
@@ -139,7 +139,9 @@ def exact(
     if sink_logits is not None and sink_logits.shape != (q.shape[1],):
         shape = tuple(sink_logits.shape)
         raise ConfigError(f"exact: sink_logits of {shape}, expected one a head: ({q.shape[1]},)")
-    extras = Extras(bias, lags, _keys(key_lengths, q, m), blocks, sink_logits)
+    keys = _keys(key_lengths, q, m)
+    given = (bias, lags, keys, blocks, sink_logits)
+    extras = NOTHING if all(t is None for t in given) else Extras(*given)
     o, lse = attention(q, k, v, form, extras)
     return (o, lse) if return_lse else o
 
@@ -149,21 +151,26 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False) -> None
 
     Errors: :class:`ConfigError` that says which of the three does not fit, and to what.
     """
-    shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in (("q", q), ("k", k), ("v", v)))
     if not q.dim() == k.dim() == v.dim() == 4:
-        raise ConfigError(f"attention takes (batch, heads, length, head_dim) tensors, got {shapes}")
+        raise ConfigError(
+            f"attention takes (batch, heads, length, head_dim) tensors, got {_shapes(q, k, v)}"
+        )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         dtypes = ", ".join(str(t.dtype) for t in (q, k, v))
         raise ConfigError(f"attention takes q, k and v in one floating dtype, got {dtypes}")
     if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
-        raise ConfigError(f"attention: batch, lengths or head_dim do not agree: {shapes}")
+        raise ConfigError(f"attention: batch, lengths or head_dim do not agree: {_shapes(q, k, v)}")
     h, g = q.shape[1], k.shape[1]
     if h != g and not grouped:
         raise ConfigError(f"attention: {h} heads of q and {g} of k", hint="pass enable_gqa=True")
     if h != g and (g == 0 or h % g):
         raise ConfigError(f"attention: {h} heads of q cannot share {g} heads of k evenly")
     if q.shape[-1] == 0:
-        raise ConfigError(f"attention: head_dim is 0: {shapes}")
+        raise ConfigError(f"attention: head_dim is 0: {_shapes(q, k, v)}")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip("qkv", tensors, strict=True))
 
 
 def _bias(bias: Tensor | None, q: Tensor, m: int) -> tuple[Tensor | None, Tensor | None]:
