@@ -123,8 +123,23 @@ def read(node: Any, known: dict[Node, Value]) -> Value:
         found = _step(node, known)
         if found is None and _dtype(node) == torch.bool:
             found = Given(node)
-        known[node] = _without_units(found, _shape(node)) if isinstance(found, Line) else found
+        known[node] = _settled(found, _dtype(node), _shape(node))
     return known[node]
+
+
+_WHOLE = (torch.int64, torch.int32, torch.float64, torch.float32)
+"""Dtypes in which indices do not wrap or round."""
+
+
+def _settled(value: Value, dtype: torch.dtype | None, shape: tuple[Any, ...] | None) -> Value:
+    """A value in its node's dtype."""
+    if isinstance(value, Line):
+        if value.coefs and dtype is not None and dtype not in _WHOLE:
+            return None
+        return _without_units(value, shape)
+    if isinstance(value, (AtMost, All, Some, Given)) and dtype not in (None, torch.bool):
+        return Number(value)
+    return value
 
 
 def _without_units(line: Line, shape: tuple[Any, ...] | None) -> Line:
@@ -310,6 +325,8 @@ def _index(node: Any, known: dict[Node, Value]) -> Value:
     shape = _shape(node.args[0])
     if not isinstance(value, Line) or value.size or shape is None or len(places) != len(shape):
         return None
+    if not all(isinstance(place, Node) for place in places):
+        return None  # a dimension that stays moves those of the places
     found = Line((), value.const)
     for dim, c in value.coefs:
         place = read(places[dim], known)

@@ -246,3 +246,29 @@ def test_padding_that_may_hide_every_key_stays_added() -> None:
     found = plan_of(causal_bert, padded(2, 6))
     assert isinstance(found, Planned) and str(found.rule) == "causal, padding"
     assert isinstance(plan_of(causal_bert, {"input_ids": ids(2, 6)}), Planned)
+
+
+def wrapped(x: Tensor) -> Tensor:
+    at = torch.arange(x.shape[1]).to(torch.int8)  # 128 is -128
+    return at[None] <= at[:, None]
+
+
+def rounded(x: Tensor) -> Tensor:
+    at = torch.arange(x.shape[1]).to(torch.bfloat16)  # 257 is 256
+    return at[None] <= at[:, None]
+
+
+def expanded(x: Tensor) -> Tensor:
+    at = torch.arange(1).expand(x.shape[1])  # always 0
+    return torch.arange(x.shape[1])[:, None] >= at[None]
+
+
+@pytest.mark.parametrize("mask", [wrapped, rounded])
+def test_indices_that_wrap_or_round_are_not_trusted(mask: Callable[[Tensor], Tensor]) -> None:
+    found = plan_of(Masked(mask), floats(2, 9, 8))
+    assert isinstance(found, Planned) and found.bias is not None
+
+
+def test_an_index_of_one_is_zero_wherever_it_is_expanded() -> None:
+    found = plan_of(Masked(expanded), floats(2, 9, 8))
+    assert isinstance(found, Planned) and found.rule.full and found.bias is None
