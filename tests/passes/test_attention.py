@@ -293,3 +293,22 @@ def test_without_timing_attention_stays() -> None:
     fast = structc.compile(Spelled(plain).eval(), floats(2, 11, H * D), effort="none")
     (site,) = fast.structc.sites.attention
     assert not site.kernel and site.refusal is not None and "not timed" in site.refusal.reason
+
+
+@pytest.mark.parametrize("name", ["float softmax", "grouped", "sink"])
+def test_golden_graphs(name: str, golden: Callable[[str, str], None]) -> None:
+    """What the graph was, and what it is."""
+    f, kv_heads, _ = SPELLINGS[name]
+    model = Spelled(f, kv_heads).eval()
+    captured = capture(model, to_call(floats(2, 9, H * D)))
+    before = listing(captured.regions[0].graph.graph)
+    after_capture, _ = rewritten(model, floats(2, 9, H * D))
+    after = listing(after_capture.regions[0].graph.graph)
+    text = f"# before\n{before}\n\n# after\n{after}\n"
+    golden(f"rewrite/attention-{name.replace(' ', '-')}.txt", text)
+
+
+def listing(graph: torch.fx.Graph) -> str:
+    """A line for each operator."""
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    return "\n".join(f"{n.name} = {n.target} {n.args}" for n in nodes)
