@@ -241,6 +241,7 @@ static void pack(const Call& c, int64_t b, int64_t h, int64_t panel, uint32_t* a
   const Packed p = packed_at(c, at);
   const uint64_t bits = keys_seen(c, b, panel);
   const_cast<uint64_t*>(p.seen)[panel] = bits;
+  if (!bits) return;  // nobody looks at it
   uint32_t* keys = const_cast<uint32_t*>(p.keys) + panel * c.key_words();
   uint32_t* values = const_cast<uint32_t*>(p.values) + panel * c.value_words();
   const T* K = c.K + b * c.k[0] + h * c.k[1] + panel * PANEL * c.k[2];
@@ -276,13 +277,15 @@ struct Tile {
   // Panels that may be seen at all, and by which rows.
   bool live(int64_t panel, Live& found) const {
     const int64_t c0 = panel * PANEL, c1 = least(c0 + PANEL, c.nk);
-    if (!packed.seen[panel]) return false;
+    const uint64_t seen = packed.seen[panel];
+    if (!seen) return false;
+    const int64_t first_seen = __builtin_ctzll(seen), past_seen = 64 - __builtin_clzll(seen);
     const int64_t low = lowest(), high = highest(), w = c.window;
     const bool sunk = c0 < c.sinks;
     if (c.causal && c0 > high) return false;
     if (!c.causal && w && !sunk && c0 >= high + w) return false;
     if (w && !sunk && c1 <= low - w + 1) return false;
-    bool full = ~packed.seen[panel] == 0 && c1 - c0 == PANEL;
+    bool full = ~seen == 0 && c1 - c0 == PANEL;
     if (c.causal) full = full && c1 - 1 <= low;
     else if (w) full = full && (c1 <= c.sinks || c1 - 1 < low + w);
     if (w) full = full && (c1 <= c.sinks || c0 > high - w);
@@ -290,17 +293,16 @@ struct Tile {
     found.partial = !full;
     bool any = false;
     for (int64_t g = 0; g * GROUP < rows; ++g) {
-      int64_t left = 0, right = full ? PANEL : c1 - c0;
+      int64_t left = full ? 0 : first_seen, right = full ? PANEL : past_seen;
       if (!full && per_head == rows) {
         const int64_t least_at = low + g * GROUP, most_at = least(least_at + GROUP - 1, high);
         if (c.causal) right = least(right, most_at + 1 - c0);
         else if (w) right = least(right, most_at + w - c0);
-        if (w && least_at - w + 1 > c0) left = least_at - w + 1 - c0;
+        if (w && least_at - w + 1 > c0 + left) left = least_at - w + 1 - c0;
         if (w && sunk) {  // the sinks, and what lies between them and the window
           const int64_t end = least(c.sinks - c0, c.causal ? most_at + 1 - c0 : PANEL);
-          if (left >= right) right = least(end, c1 - c0);
-          else if (right < end) right = least(end, c1 - c0);
-          left = 0;
+          if (left >= right || right < end) right = least(end, past_seen);
+          left = first_seen;
         }
       }
       found.left[g] = left / LANES * LANES;
