@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,15 @@ def tuning_key(case: AttentionCase) -> Key:
     compiler = build.compiler_version(settings.current().compiler)
     sizes = (case.batch, case.heads, case.kv_heads, case.queries, case.keys)
     words = [case.form, *map(str, sizes), str(case.head_dim), str(case.value_dim)]
-    flags = (case.mask, case.mask_shape, case.padded, case.sink, case.masked, case.fused)
+    flags = (
+        case.mask,
+        case.mask_shape,
+        case.padded,
+        case.sink,
+        case.masked,
+        case.repeated,
+        case.fused,
+    )
     return Key(
         form=f"attention {' '.join(words)} {' '.join(map(str, flags))} {case.torch_causal}",
         rows=case.batch * case.queries,
@@ -189,7 +198,7 @@ def _graph(
     extras: Extras,
 ) -> Call:
     """What the graph does."""
-    group = case.heads // case.kv_heads
+    group = case.heads // case.kv_heads if case.repeated or not case.fused else 1
     if full is None and case.masked:
         full = torch.ones(1, 1, case.queries, case.keys, dtype=torch.bool)
     causal = bool(case.torch_causal) and not case.masked
@@ -201,7 +210,13 @@ def _graph(
 
     if case.fused:
         return lambda: F.scaled_dot_product_attention(
-            q, wide(k), wide(v), attn_mask=full, is_causal=causal, scale=form.scale
+            q,
+            wide(k),
+            wide(v),
+            attn_mask=full,
+            is_causal=causal,
+            scale=form.scale,
+            enable_gqa=not case.repeated and case.heads != case.kv_heads,
         )
     added = None
     if full is not None:
@@ -219,13 +234,17 @@ def _graph(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> Refusal | None:
-    """The last queries of the first sequence against the float64 reference."""
-    n = q.shape[2]
-    first = max(0, n - CHECKED)
+    """The last queries of the first two sequences, one of them padded, in float64."""
+    first, some = max(0, q.shape[2] - CHECKED), slice(2)
     got, _ = attend.attention(q, k, v, form, extras)
-    one = Extras(*(t if t is None else t[:1] if t.dim() > 1 else t for t in extras))
-    want, _ = softmax_reference(q[:1].double(), k[:1].double(), v[:1].double(), form, one)
-    error = relative_error(got[:1, :, first:], want[:, :, first:])
+    bias, _, keys, _, sink = extras
+    if bias is not None:
+        bias = bias[some] if bias.shape[2] == 1 else bias[some, :, first:]
+    few = Extras(bias=bias, keys=None if keys is None else keys[some], sink=sink)
+    rule = replace(form, offset=form.offset + first)
+    wide = (q[some, :, first:].double(), k[some].double(), v[some].double())
+    want, _ = softmax_reference(*wide, rule, few)
+    error = relative_error(got[some, :, first:], want)
     if error <= max(tolerance(q.dtype), 1e-5):
         return None
     return _refuse("WRONG", f"relative error {error:.1e} against the reference")

@@ -30,6 +30,18 @@ _NOTHING = (
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _MUL, _DIV = (aten.mul.Tensor, aten.mul.Scalar), (aten.div.Tensor, aten.div.Scalar)
 
+_MASKING = (
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.cat.default,
+)
+"""What does not commute with a cap on the scores."""
+
 Step = tuple[Any, tuple[Any, ...]]
 """An operator and its arguments behind the tensor."""
 
@@ -58,6 +70,7 @@ class Parts:
         hidden: boolean masks that are True where a key is hidden.
         sink: ``(H,)``: a score in each row that meets no value.
         is_causal: whether PyTorch's flag says so.
+        repeated: whether the graph repeats heads of keys for their groups.
         fused: whether it is PyTorch's own attention operator.
         nodes: everything between the scores and the output.
     """
@@ -73,6 +86,7 @@ class Parts:
     hidden: tuple[Node, ...] = ()
     sink: Node | None = None
     is_causal: bool = False
+    repeated: bool = False
     fused: bool = False
     nodes: tuple[Node, ...] = field(default=(), repr=False)
 
@@ -116,7 +130,9 @@ def _fused(node: Any) -> Parts | Refusal:
     if scale is not None and not isinstance(scale, (int, float)):
         return _refuse("SCALE", "its scale is computed")
     mask, back = args.get("mask"), tuple[Step, ...]()
-    parts = [Operand(q), *(Operand(ungrouped(t)) for t in (k, v))]
+    fewer = [ungrouped(t) for t in (k, v)]
+    alike = shape_of(fewer[0])[1:2] == shape_of(fewer[1])[1:2]
+    parts = [Operand(q), *map(Operand, fewer if alike else (k, v))]
     if rank == 3:  # one head
         parts = [p.then(aten.unsqueeze.default, 1) for p in parts]
         back = ((aten.squeeze.dim, (1,)),)
@@ -132,6 +148,7 @@ def _fused(node: Any) -> Parts | Refusal:
         d**-0.5 if scale is None else float(scale),
         shown=() if mask is None else (mask,),
         is_causal=bool(args.get("is_causal")),
+        repeated=alike and fewer[0] is not k,
         fused=True,
         nodes=(node,),
     )
@@ -192,12 +209,10 @@ def _spelled_out(softmax: Any) -> Parts | Refusal | None:
     if isinstance(down, Refusal):
         return down
     walk = _Walk(start)
-    while walk.node.target not in _PRODUCTS:
+    while walk.node.target not in (*_PRODUCTS, aten.baddbmm.default):
         failed = _up(walk)
         if failed is not None:
             return failed
-        if walk.node.target is aten.baddbmm.default:
-            break
     return _assembled(softmax, walk, down)
 
 
@@ -235,6 +250,8 @@ def _up(walk: _Walk) -> Refusal | None:
     """One step up."""
     node, args = walk.node, walk.node.args
     walk.passed.append(node)
+    if walk.softcap and node.target in _MASKING:
+        return _refuse("SOFTCAP", "its scores are masked or shifted before they are capped")
     target, above = node.target, args[0]
     if target in _NOTHING:
         pass
@@ -258,9 +275,11 @@ def _up(walk: _Walk) -> Refusal | None:
         above, mask = args[at], args[1 - at]
         if not isinstance(mask, Node) or node.kwargs.get("alpha", 1) != 1 or walk.factor != 1:
             return _refuse("BIAS", "something is added to its scores that is no tensor of them")
+        if len(shape_of(node)) == 3 and len(shape_of(mask)) == 3 and shape_of(mask)[0] != 1:
+            return _refuse("BIAS", "a bias for each of its heads, which are its batch")
         walk.shown.append(mask)
     elif target is aten.sub.Tensor:
-        if not _is_row_maximum(args[1], above):
+        if walk.sink is not None or not _is_row_maximum(args[1], above):
             return _refuse("BIAS", "something is subtracted from its scores")
     elif target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         if not _hides(args[2], walk.factor):
@@ -354,7 +373,7 @@ def _downwards(softmax: Any) -> tuple[Any, list[Any], int | None] | Refusal | No
         if user.target in (aten.matmul.default, aten.bmm.default):
             return (user, passed, heads) if user.args[0] is node else None
         if user.target is aten.einsum.default:
-            return user, passed, heads
+            return (user, passed, heads) if _factors(user)[0] is node else None
         if user.target in _VIEWS:
             below, above = shape_of(user), shape_of(node)
             if [str(s) for s in below[-2:]] != [str(s) for s in above[-2:]]:
@@ -388,6 +407,8 @@ def _assembled(
     if product.target is aten.baddbmm.default:
         if product.kwargs.get("beta", 1) != 1 or walk.softcap or walk.factor != 1:
             return _refuse("SPELLING", "a scaled baddbmm")
+        if shape_of(product.args[0])[:1] != (1,) and len(shape_of(product.args[0])) == 3:
+            return _refuse("BIAS", "a bias for each of its heads, which are its batch")
         walk.shown.append(product.args[0])
         scale = float(product.kwargs.get("alpha", 1))
         q, kt = product.args[1:3]
@@ -403,16 +424,18 @@ def _assembled(
         if rank not in (3, 4) or len(shape_of(out.args[1])) not in (3, 4):
             return _refuse("RANK", f"q has {rank} dimensions")
         q_, k_, v_ = Operand(q), transposed(kt), Operand(out.args[1])
-        k_ = k_ if k_.steps else Operand(ungrouped(k_.node))
-        v_ = Operand(ungrouped(v_.node))
+        fewer = (k_ if k_.steps else Operand(ungrouped(k_.node)), Operand(ungrouped(v_.node)))
+        if shape_of(fewer[0].node)[1:2] == shape_of(fewer[1].node)[1:2]:
+            k_, v_ = fewer
         q_, k_, v_ = (_four(t, heads) for t in (q_, k_, v_))
         back = ()
         if len(shape_of(out)) == 3:
             back = ((aten.flatten.using_ints, (0, 1)),) if heads else ((aten.squeeze.dim, (1,)),)
     nodes = (product, *walk.passed, *below, out)
+    repeated = shape_of(k_.node)[1:2] != shape_of(q_.node)[1:2]
     return Parts(
         out, q_, k_, v_, back, scale, walk.softcap, tuple(walk.shown), tuple(walk.hidden),
-        walk.sink, nodes=nodes,
+        walk.sink, repeated=repeated, nodes=nodes,
     )  # fmt: skip
 
 
@@ -420,11 +443,17 @@ def transposed(node: Any) -> Operand:
     """k of k^T."""
     assert isinstance(node, Node)
     rank = len(shape_of(node))
+    source: Any = node.args[0] if node.args else None
     if node.target is aten.transpose.int:
-        source: Any = node.args[0]
         dims = {d - rank if isinstance(d, int) and d >= 0 else d for d in node.args[1:3]}
         if dims == {-1, -2}:
             return Operand(source)
+    if node.target is aten.permute.default:
+        order = [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+        if order == [*range(rank - 2), rank - 1, rank - 2]:
+            return Operand(source)
+    if "mT" in str(node.target):
+        return Operand(source)
     return Operand(node).then(aten.transpose.int, -2, -1)
 
 

@@ -132,6 +132,7 @@ def case_of(found: Planned) -> AttentionCase:
         padded=bool(found.keys),
         sink=parts.sink is not None,
         masked=bool(parts.shown or parts.hidden),
+        repeated=parts.repeated,
         fused=parts.fused,
         torch_causal=found.torch_causal,
     )  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 HIDES = -1e30
@@ -137,9 +138,23 @@ def _settled(value: Value, dtype: torch.dtype | None, shape: tuple[Any, ...] | N
         if value.coefs and dtype is not None and dtype not in _WHOLE:
             return None
         return _without_units(value, shape)
-    if isinstance(value, (AtMost, All, Some, Given)) and dtype not in (None, torch.bool):
-        return Number(value)
+    if isinstance(value, (AtMost, All, Some, Given)):
+        seen = _seen_without_units(value, shape)
+        return seen if dtype in (None, torch.bool) else Number(seen)
+    if isinstance(value, Number):
+        return Number(_seen_without_units(value.seen, shape))
+    if isinstance(value, Added):
+        return Added(_seen_without_units(value.seen, shape), value.value)
     return value
+
+
+def _seen_without_units(seen: Seen, shape: tuple[Any, ...] | None) -> Seen:
+    match seen:
+        case AtMost(line):
+            return _holds(_without_units(line, shape))
+        case All(parts) | Some(parts):
+            return type(seen)(tuple(_seen_without_units(p, shape) for p in parts))
+    return seen
 
 
 def _without_units(line: Line, shape: tuple[Any, ...] | None) -> Line:
@@ -151,12 +166,46 @@ def _without_units(line: Line, shape: tuple[Any, ...] | None) -> Line:
 def seen_by(node: Node) -> tuple[Seen, float] | None:
     """Which keys a mask shows, and what it adds to the others (``-inf`` if boolean).
 
-    None if it is no mask, or not known to be one.
+    None if it is no mask, or not known to be one. What something writes to in place is only known
+    as the tensor that it is: an export does not turn writes into values.
     """
-    value = read(node, {})
+    written = written_to(node.graph)
+    known: dict[Node, Value] = {}
+    if written:
+        for one in node.graph.nodes:
+            if storage_of(one) in written:
+                known[one] = Given(one) if _dtype(one) == torch.bool else None
+    value = read(node, known)
     if isinstance(value, (AtMost, All, Some, Given)):
         return value, float("-inf")
     return (value.seen, value.value) if isinstance(value, Added) else None
+
+
+def written_to(graph: Graph) -> set[Node]:
+    """The nodes whose storage some operator of a graph writes to."""
+    found = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+        named |= node.kwargs
+        for argument in schema.arguments:
+            value = named.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found |= {storage_of(v) for v in pytree.tree_leaves(value) if isinstance(v, Node)}
+    return found
+
+
+def storage_of(node: Node) -> Node:
+    """Where a view, or a write in place, goes back to."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        schema = getattr(node.target, "_schema", None)
+        returns = schema.returns if schema is not None else ()
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node
 
 
 # ---------------------------------------------------------------------------- operators

@@ -19,7 +19,17 @@ from structc.passes.attention_parts import (
     attention_parts,
     shape_of,
 )
-from structc.passes.masks import All, AtMost, Given, Line, Seen, never, seen_by
+from structc.passes.masks import (
+    All,
+    AtMost,
+    Given,
+    Line,
+    Seen,
+    never,
+    seen_by,
+    storage_of,
+    written_to,
+)
 from structc.passes.visibility import Rule, rule_of
 from structc.records import Refusal
 from structc.softmax import Softmax
@@ -70,6 +80,10 @@ def planned(node: Node) -> Planned | Refusal | None:
     parts = attention_parts(node)
     if not isinstance(parts, Parts):
         return parts
+    written = written_to(node.graph)
+    inputs = [p.node for p in (parts.q, parts.k, parts.v)]
+    if written and any(storage_of(n) in written for n in (*inputs, *parts.nodes)):
+        return _refuse("WRITTEN", "something writes to its tensors in place")
     rule, biases, plain = _rule(parts), [], parts.shown + parts.hidden
     known = [seen_by(mask) for mask in parts.shown]
     biases = [mask for mask, seen in zip(parts.shown, known, strict=True) if seen is None]

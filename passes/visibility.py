@@ -60,7 +60,9 @@ class Rule:
         """Whether every query is sure to see a key, with at least one there."""
         if self.keys or self.rest or self.nothing or (self.upper or 0) < 0:
             return False
-        return self.lower is None or self.sinks > 0 or (square and self.upper is not None)
+        if self.lower is None or self.sinks > 0:
+            return True
+        return square and self.upper is not None and self.lower >= 0
 
     def __str__(self) -> str:
         words = [] if self.full else ["nothing"] if self.nothing else []

@@ -166,8 +166,9 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     leaves = [
         None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors
     ]
-    if torch.is_grad_enabled():  # a gradient of the gradient: the reference's own graph
-        leaves = tensors
+    if torch.is_grad_enabled():
+        # a gradient of the gradient: aliases, for q, k and v may come from each other
+        leaves = [None if t is None else t.view_as(t) for t in tensors]
     with torch.enable_grad():
         a, b, c = (t for t in leaves[:3] if t is not None)
         outputs = softmax_reference(a, b, c, form, Extras(*leaves[3:]))

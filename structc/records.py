@@ -159,6 +159,7 @@ class AttentionCase:
         padded: whether some keys are hidden from all queries.
         sink: whether each row has a score that meets no value.
         masked: whether the original is given a mask.
+        repeated: whether the original repeats heads of keys for their groups.
         fused: whether the original is PyTorch's operator.
         torch_causal: PyTorch's flag, where its operator needs no mask for this; else None.
     """
@@ -177,6 +178,7 @@ class AttentionCase:
     padded: bool = False
     sink: bool = False
     masked: bool = False
+    repeated: bool = False
     fused: bool = True
     torch_causal: bool | None = None
 

@@ -15,6 +15,8 @@ from structc.records import Refusal
 
 SLAB = 1 << 18
 """Numbers that are transformed at a time: they stay in a cache."""
+FAINT, FAINTER = 1e-4, 1e-6
+"""Row sums, over the largest weight, below which float32, and then float64, are too few."""
 WAYS = 16
 """Columns that one step of the search looks at."""
 SAMPLES = 2048
@@ -179,7 +181,12 @@ class ConvBasis(AbstractMethod):
             assert total is not None
             return torch.fft.irfft(total, size)[..., :n]
 
-        sums = self._sums(kernels, basis.starts, ends).clamp(min=torch.finfo(wide).tiny)
+        sums = self._sums(kernels, basis.starts, ends)
+        least = float(sums.detach().min()) if sums.numel() else 1.0
+        if least < FAINT and wide != torch.float64:  # an FFT's error is absolute: faint rows drown
+            o, lse = self.apply(Basis(basis.starts, basis.columns.double()), v.double())
+            return o.to(v.dtype), lse.to(wide)
+        sums = sums.clamp(min=torch.finfo(wide).tiny)
         share = (1 / sums)[:, None]
         together, rows = max(1, SLAB // (x.shape[1] * size)), max(1, SLAB // size)
         groups = [slice(h, h + together) for h in range(0, heads, together)]
@@ -190,7 +197,27 @@ class ConvBasis(AbstractMethod):
             ]
         ).mT
         lse = sums.log() + top
+        if least < FAINTER:
+            o, lse = self._faint(basis, values, sums, o, lse)
         return o.unflatten(0, v.shape[:2]).to(v.dtype), lse.unflatten(0, v.shape[:2])
+
+    def _faint(
+        self, basis: Basis, values: Tensor, sums: Tensor, o: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows whose weights are lost beside those of others, one by one."""
+        n = values.shape[1]
+        lag = torch.arange(n)
+        segment = (lag >= basis.starts[..., None]).sum(1) - 1
+        o, lse = o.contiguous(), lse.clone()
+        for head, row in (sums < FAINTER).nonzero().tolist():
+            scores = basis.columns[head, segment[head, : row + 1], row - lag[: row + 1]]
+            total = scores.logsumexp(0)
+            weights = (scores - total).exp()
+            o = o.index_put(
+                (torch.tensor(head), torch.tensor(row)), weights @ values[head, : row + 1]
+            )
+            lse = lse.index_put((torch.tensor(head), torch.tensor(row)), total)
+        return o, lse
 
     def _sums(self, kernels: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
         """Of each row: ``sum_s sum_{j in s} e^{c_s(i - j)}``, from running sums."""

@@ -179,7 +179,14 @@ def _bias(bias: Tensor | None, q: Tensor, m: int) -> tuple[Tensor | None, Tensor
         return None, None
     b, h, n, _ = q.shape
     shape, lags = tuple(bias.shape), n + m - 1
+    if shape == (lags,) and lags == m > 1:
+        raise ConfigError(
+            f"exact: with one query a bias of {shape} may be a value a key or a value a lag",
+            hint=f"pass ({1}, {m}) for keys, ({h}, {lags}) for lags",
+        )
     if shape == (lags,) or (shape in ((h, lags), (1, lags)) and shape != (n, m)):
+        if not bias.is_floating_point():
+            raise ConfigError(f"exact: values of lags are {bias.dtype}, expected floating")
         return None, bias.reshape(-1, lags)
     wide, want = _four(bias), (b, h, n, m)
     if wide.dim() != 4 or any(s not in (1, w) for s, w in zip(wide.shape, want, strict=True)):

@@ -70,6 +70,8 @@ class Monarch(AbstractMethod):
             return self._halves(q, k, v)
         if not self.extra:
             return self._full(q, k, v)
+        if q.shape[2] <= self.extra:
+            return exact(q, k, v, scale=self.scale, return_lse=True)
         e, scale = self.extra, self.scale
         ahead = exact(q[:, :, :e], k, v, scale=scale, return_lse=True)
         first = exact(q[:, :, e:], k[:, :, :e], v[:, :, :e], scale=scale, return_lse=True)
@@ -98,7 +100,8 @@ class Monarch(AbstractMethod):
             values = torch.cat([blocks.k, blocks.v], -1) if last else blocks.k
             both, lse = exact(left, blocks.k, values, bias=own, scale=sigma, return_lse=True)
             means = both[..., : q.shape[-1]]
-            entropy = sigma * (left * means).sum(-1) - lse.to(q.dtype)  # sum R log R
+            wide = lse.dtype
+            entropy = sigma * (left.to(wide) * means.to(wide)).sum(-1) - lse  # sum R log R
             means, entropy = means.transpose(1, 2), entropy.transpose(1, 2)
             if last:
                 y = both[..., q.shape[-1] :].transpose(1, 2)
@@ -106,8 +109,8 @@ class Monarch(AbstractMethod):
                     blocks.q, means, y, bias=-entropy[:, :, None], scale=sigma, return_lse=True
                 )
                 return blocks.back(o), blocks.back(sums[..., None])[..., 0]
-            scores = sigma * (blocks.q @ means.mT) - entropy[:, :, None]
-            weights = scores.softmax(-1) * blocks.real
+            scores = sigma * (blocks.q @ means.mT).to(wide) - entropy[:, :, None]
+            weights = scores.softmax(-1).to(q.dtype) * blocks.real
             total = weights.sum(2).clamp(min=LEAST)[..., None]
             left = (weights.mT @ blocks.q / total).transpose(1, 2)
         raise AssertionError

@@ -205,8 +205,9 @@ class Polynomial(AbstractMethod):
         def meet(queries: Tensor, state: Tensor) -> Tensor:
             return (features(queries, self.degree) * weights) @ state
 
-        sums = [_again(add, a, b) for a, b in zip(k.split(step, 2), x.split(step, 2), strict=True)]
-        state = torch.stack(sums).sum(0)
+        state = x.new_zeros(*q.shape[:2], len(weights), x.shape[-1])
+        for keys, values in zip(k.split(step, 2), x.split(step, 2), strict=True):
+            state = state + _again(add, keys, values)
         return torch.cat([_again(meet, part, state) for part in q.split(step, 2)], 2)
 
     def _chunks(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:

@@ -37,15 +37,15 @@ class Uniform(AbstractMethod):
         check_qkv(q, k, v)
         n, m = q.shape[2], k.shape[2]
         means, keys = (self._means(t, n) for t in (v, k))
-        count = self._counts(n, m).to(q)
-        lse = self.sigma(q) * (q * keys).sum(-1) + count.log()
-        return means.to(q.dtype), lse.float() if q.dtype != torch.float64 else lse
+        count = self._counts(n, m).to(keys)
+        lse = self.sigma(q) * (q.to(keys.dtype) * keys).sum(-1) + count.log()
+        return means.to(q.dtype), lse
 
     def matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """``1 / keys`` where a key is seen."""
         n, m = q.shape[2], k.shape[2]
         seen = causal_mask(n, m) if self.is_causal else torch.ones(n, m, dtype=torch.bool)
-        weights = seen.to(q) / self._counts(n, m).to(q)[:, None]
+        weights = (seen.double() / self._counts(n, m).double()[:, None]).to(q.dtype)
         return weights.expand(*q.shape[:2], n, m)
 
     def flops(self, queries: int, keys: int, head_dim: int) -> float:

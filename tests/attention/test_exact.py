@@ -114,6 +114,23 @@ def test_a_gradient_of_the_gradient() -> None:
     torch.autograd.gradgradcheck(f, (q, k, v, bias))
 
 
+def test_gradients_of_gradients_where_q_k_and_v_are_one() -> None:
+    x = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def plain(x: Tensor) -> Tensor:
+        return (x @ (2 * x).mT * 3**-0.5).softmax(-1) @ (x + 1)
+
+    def ours(x: Tensor) -> Tensor:
+        return exact(x, 2 * x, x + 1)
+
+    found = []
+    for f in (ours, plain):
+        (grad,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
+        found.append((grad, *torch.autograd.grad(grad.square().sum(), x)))
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < 1e-10
+
+
 def test_the_operator_passes_opcheck() -> None:
     q, k, v = (t.requires_grad_() for t in qkv(20, 24, kv_heads=2))
     form = str(Softmax(0.25, causal=True, offset=4, window=9, sinks=2))
@@ -260,6 +277,21 @@ def test_without_kernels_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> 
 def test_mistakes_are_told(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         exact(*qkv(), **change)
+
+
+def test_one_query_and_a_bias_that_may_be_either() -> None:
+    q, k, v = qkv(1, 6)
+    with pytest.raises(ConfigError, match="a value a key or a value a lag"):
+        exact(q, k, v, bias=torch.arange(6.0))
+    keys, lags = torch.randn(1, 6), torch.randn(4, 6)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+    assert torch.allclose(exact(q, k, v, bias=keys), want, atol=1e-5)
+    want = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=lags.flip(1)[None, :, None].expand(2, 4, 1, 6)
+    )
+    assert torch.allclose(exact(q, k, v, bias=lags), want, atol=1e-5)
+    with pytest.raises(ConfigError, match="values of lags"):
+        exact(*qkv(), bias=torch.ones(139).bool())
 
 
 def test_shapes_that_do_not_fit_are_told() -> None:

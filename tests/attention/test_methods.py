@@ -367,3 +367,48 @@ def test_methods_are_data() -> None:
     assert Monarch(8, 2) == Monarch(8, 2) != Monarch(8, 3)
     assert len({Polynomial(2, 1.0), Polynomial(2, 1.0), Polynomial(3, 1.0)}) == 2
     assert isinstance(Nystrom(50).applies(20, 20), Refusal)
+
+
+def test_rows_that_are_faint_beside_others() -> None:
+    """The largest weight of a head is e^25 times what some rows have."""
+    n = 256
+    column = torch.where(torch.arange(n) < 100, 0.0, 25.0).double()
+    scores = torch.stack([torch.cat([torch.zeros(j), column[: n - j]]) for j in range(n)])
+    q, k = torch.eye(n, dtype=torch.float64)[None, None], scores[None, None].double()
+    v = torch.randn(1, 1, n, 4, dtype=torch.float64)
+    for dtype, limit in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
+        parts = [t.to(dtype) for t in (q, k, v)]
+        y = ConvBasis(1, scale=1.0)(*parts)
+        want = exact(*(t.double() for t in parts), is_causal=True, scale=1.0)
+        gap = (y.double() - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(gap.max()) < limit
+
+
+def test_all_of_the_mass_is_every_block() -> None:
+    q, k, v = qkv(32)
+    k[:, :, 16:] -= 40 * q.mean(2, keepdim=True)
+    k[:, :, 20] = 40 * q[:, :, 3]
+    assert relative_error(BlockSparse(1.0, 16)(q, k, v), exact(q, k, v)) < 1e-9
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_queries_that_are_all_extra(n: int) -> None:
+    q, k, v = qkv(n, 10)
+    assert relative_error(Monarch(4, extra=5)(q, k, v), exact(q, k, v)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["uniform", "uniform causal", "monarch"])
+def test_row_sums_are_not_rounded(name: str) -> None:
+    q, k, v = (t.to(torch.bfloat16) for t in qkv(300))
+    narrow = SAMPLES[name].attend(q, k, v)[1]
+    wide = SAMPLES[name].attend(q.float(), k.float(), v.float())[1]
+    assert narrow is not None and wide is not None and narrow.dtype == torch.float32
+    assert float((narrow - wide).abs().max()) < (0.02 if name == "monarch" else 1e-4)
+
+
+def test_states_are_added_up() -> None:
+    """Not kept for each part of the keys."""
+    q, k, v = (torch.randn(2, 8, 512, 16) for _ in range(3))
+    with torch.no_grad(), Largest() as seen:
+        Polynomial(2, 1.0)(q, k, v)
+    assert seen.bytes < 40e6

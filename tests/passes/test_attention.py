@@ -212,9 +212,68 @@ def scaled_by_a_tensor(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return (q @ k.mT * bias[:, None, None]).softmax(-1) @ v
 
 
+def capped_after(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (torch.tanh((q @ k.mT).masked_fill(~lower(q), float("-inf")) / 2) * 2).softmax(-1) @ v
+
+
+def shifted_before_cap(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return (torch.tanh(scores - scores.amax(-1, keepdim=True)) * 2).softmax(-1) @ v
+
+
+def shifted_before_sink(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores = scores - scores.amax(-1, keepdim=True)
+    extra = bias.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    return torch.cat([scores, extra], -1).softmax(-1)[..., :-1] @ v
+
+
+def bias_a_head_in_three(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    b, h, n, d = q.shape
+    flat = [t.reshape(b * h, n, d) for t in (q, k, v)]
+    alibi = (bias[None, :, None, None] * torch.arange(n)).expand(b, h, 1, n).reshape(b * h, 1, n)
+    scores = torch.baddbmm(alibi, flat[0], flat[1].transpose(1, 2), beta=1, alpha=0.4)
+    return torch.bmm(scores.softmax(-1), flat[2]).view(b, h, n, d)
+
+
+def written_between(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    values = v.clone()
+    weights = (q @ k.mT).softmax(-1)
+    values[:, :, 0] = 1.0
+    return weights @ values
+
+
+def test_an_einsum_with_the_weights_second() -> None:
+    def second(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+        weights = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+        return torch.einsum("bhij,bhjd->bhid", q @ k.mT, weights)[..., : v.shape[-1]] + 0 * v
+
+    model = Spelled(second)
+    captured = capture(model.eval(), to_call(floats(2, 9, H * D)))
+    nodes = captured.regions[0].graph.graph.nodes
+    assert not [n for n in nodes if n.op == "call_function" and isinstance(planned(n), Planned)]
+
+
+@pytest.mark.parametrize("turned", ["permute", "mT"])
+def test_grouped_keys_turned_in_other_ways(turned: str) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+        k, v = repeated(k), repeated(v)
+        kt = k.mT if turned == "mT" else k.permute(0, 1, 3, 2)
+        return (q @ kt).softmax(-1) @ v
+
+    model = Spelled(f, 2).eval()
+    fast, (site,) = product_of(model, floats(2, 9, H * D))
+    assert site.kernel and site.case.kv_heads == 2
+    x = torch.randn(2, 20, H * D)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("f", "code"),
-    [(read_too, "READ"), (weakly_hidden, "MASK"), (dead_rows, "DEAD_ROWS"),
+    [(capped_after, "SOFTCAP"), (shifted_before_cap, "SOFTCAP"), (shifted_before_sink, "BIAS"),
+     (bias_a_head_in_three, "BIAS"), (written_between, "WRITTEN"),
+     (read_too, "READ"), (weakly_hidden, "MASK"), (dead_rows, "DEAD_ROWS"),
      (scaled_by_a_tensor, "SCALE")],
 )  # fmt: skip
 def test_what_is_left_alone(f: Callable[..., Tensor], code: str) -> None:

@@ -272,3 +272,50 @@ def test_indices_that_wrap_or_round_are_not_trusted(mask: Callable[[Tensor], Ten
 def test_an_index_of_one_is_zero_wherever_it_is_expanded() -> None:
     found = plan_of(Masked(expanded), floats(2, 9, 8))
     assert isinstance(found, Planned) and found.rule.full and found.bias is None
+
+
+def filled(x: Tensor) -> Tensor:
+    mask = lower(x)
+    mask[:, :3].fill_(True)
+    return mask
+
+
+def assigned(x: Tensor) -> Tensor:
+    mask = lower(x)
+    mask[:, 0] = False
+    return mask
+
+
+def zeroed(x: Tensor) -> Tensor:
+    mask = above_hidden(x)
+    mask[:, :3] = 0
+    return mask
+
+
+def first_row(x: Tensor) -> Tensor:
+    return causal(x)[:1].expand(x.shape[1], x.shape[1])
+
+
+def one_row_triangle(x: Tensor) -> Tensor:
+    n = x.shape[1]
+    return torch.ones(1, n, dtype=torch.bool).tril(3).expand(n, n)
+
+
+@pytest.mark.parametrize("mask", [filled, assigned, zeroed, first_row, one_row_triangle])
+def test_writes_and_single_rows_are_no_triangle(mask: Callable[[Tensor], Tensor]) -> None:
+    inputs = floats(2, 9, 8)
+    found = plan_of(Masked(mask), inputs)
+    assert isinstance(found, Refusal) or str(found.rule) not in ("causal", "up to +3")
+    if isinstance(found, Planned) and found.bias is None:
+        at = torch.arange(9)
+        seen = found.form.visible(at, at)
+        assert seen is not None and torch.equal(seen, mask(inputs))
+
+
+def test_a_window_of_later_keys_leaves_the_last_queries_nothing() -> None:
+    def later(x: Tensor) -> Tensor:
+        i, j = places(x)
+        return (j >= i + 2) & (j <= i + 5)
+
+    found = plan_of(Masked(later, spelled=True), floats(2, 9, 8))
+    assert isinstance(found, Refusal) and found.code == "DEAD_ROWS"
