@@ -89,6 +89,13 @@ class Budget:
 
 
 _UNITS: Mapping[str, float] = {"%": 0.01, "x": 1.0}
+_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "max_drop": (lambda x: 0 <= x < 1, "max_drop lies in [0, 1)."),
+    "error": (lambda x: x >= 0, "error is not negative; 0 is the exact tier."),
+    "latency": (lambda x: x > 0, "latency is positive: no call takes no time."),
+    "params": (lambda x: x > 0, "params is positive: no layer is left without parameters."),
+}
+"""What a field may be, and that in words."""
 
 
 def _share(name: str, value: float | str | None) -> float | None:
@@ -104,9 +111,10 @@ def _share(name: str, value: float | str | None) -> float | None:
             number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number) or number < 0 or (name == "max_drop" and number >= 1):
+    holds, range_ = _RANGES[name]
+    if not (math.isfinite(number) and holds(number)):
         raise ConfigError(
             f"Budget: {name} is {value!r}; expected a share such as 0.01, '1%' or '0.8x'",
-            hint="max_drop lies in [0, 1); the others are positive.",
+            hint=range_,
         )
     return number

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from structc.errors import ConfigError
 
 if TYPE_CHECKING:
     from structc.records import Plan, Region, Sites
@@ -63,6 +66,34 @@ class CompiledModel(nn.Module):
         from structc.artifact import save
 
         return save(self, path, overwrite=overwrite)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies are made as ever; pickles, whose class nobody could import, name ``save``."""
+        made = super().__reduce_ex__(max(2, protocol))  # below 2 Python has a way of its own
+        if isinstance(made, str) or made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return made  # the user's class has its own way
+        return _again, (_OwnClass(made[1][0]), *made[1][1:]), *made[2:]
+
+
+class _OwnClass:
+    """The class of one product: it lives as long as the product and is in no module."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OwnClass:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            f"a compiled {self.kind.__name__} cannot be pickled: its class is made for it alone",
+            hint="Write it with model.save(path) and read it with structc.load(path, model), "
+            "or keep model.state_dict().",
+        )
+
+
+def _again(own: _OwnClass, *arguments: Any) -> Any:
+    return own.kind.__new__(own.kind, *arguments)
 
 
 def wrap(tree: nn.Module, handle: Handle) -> CompiledModel:

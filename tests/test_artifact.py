@@ -250,6 +250,14 @@ def test_another_model_is_refused_with_the_difference(
     assert any(word in str(caught.value) for word in ("weight", "bias", "layer"))
 
 
+def test_a_weight_that_the_model_has_not_is_called_missing(
+    saved: tuple[CompiledModel, Path],
+) -> None:
+    with pytest.raises(structc.ArtifactMismatch, match=r"2\.weight is missing") as caught:
+        structc.load(saved[1], nn.Sequential(nn.Linear(12, 20)))
+    assert "None" not in str(caught.value)
+
+
 def test_another_graph_runs_as_modules(saved: tuple[CompiledModel, Path]) -> None:
     """The same weights under other code: the graph is not the one that was compiled."""
     other = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import pickle
 import signal
 import time
 import weakref
@@ -586,6 +587,20 @@ def test_a_deepcopy_is_a_product_of_its_own(approximate: tuple[Mlp, CompiledMode
             parameter.zero_()
         assert torch.equal(fast(x), want) and float(twin(x).abs().max()) == 0.0
     assert twin.plan is fast.plan
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_product_is_saved_and_not_pickled(
+    approximate: tuple[Mlp, CompiledModel], protocol: int
+) -> None:
+    with pytest.raises(structc.ConfigError, match=r"model\.save\(path\)"):
+        pickle.dumps(approximate[1], protocol)
+
+
+def test_a_shallow_copy_keeps_its_class(approximate: tuple[Mlp, CompiledModel]) -> None:
+    _, fast = approximate
+    twin = copy.copy(fast)
+    assert type(twin) is type(fast) and torch.equal(twin(inputs(3)), fast(inputs(3)))
 
 
 def test_state_dict_round_trip(approximate: tuple[Mlp, CompiledModel]) -> None:

@@ -35,6 +35,7 @@ from structc.records import (
     Verification,
 )
 from structc.report import Report, build_report
+from structc.report.view import groups
 
 MACHINE = Target("Example CPU @ 2.60GHz (6/143/8)", ("avx512f", "avx2"), 4, 2, "2.13.0+cpu")
 CREATED = "2026-01-02T03:04:05+00:00"
@@ -496,6 +497,23 @@ def test_tier_comes_from_the_errors() -> None:
         build(verification=verified(), sites=Sites((), (), ()), plan=Plan({})).data["tier"]
         == "exact"
     )
+
+
+def test_a_group_with_an_unfitted_layer_is_not_exact() -> None:
+    sites = [linear_site(f"layers.{i}.proj", 384, 384) for i in range(2)]
+    found = {s.name: [candidate(s, "low_rank", {"rank": 8}, 6144, 1.0, math.nan)] for s in sites}
+    given = {"sites": Sites(tuple(sites), (), ())}
+
+    def shown(exact: int) -> str:
+        marked = {
+            s.name: [replace(c, exact=i < exact, error=0.0 if i < exact else c.error)]
+            for i, s in enumerate(sites)
+            for c in found[s.name]
+        }
+        (group,) = groups(inspected(candidates=marked, **given).data)
+        return group.error_range
+
+    assert [shown(exact) for exact in (0, 1, 2)] == ["–", "exact..–", "exact"]
 
 
 def test_rolled_back_site_runs_dense_and_says_so() -> None:

@@ -89,6 +89,16 @@ def test_budget_texts_that_cannot_be_read(text: str) -> None:
         Budget.parse(text)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("max_drop", 1), ("error", -1), ("latency", 0), ("latency", "0%"), ("params", 0)],
+)
+def test_a_budget_out_of_range_is_refused_with_its_own_hint(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"Budget: {name} is") as caught:
+        Budget(**{name: value})
+    assert caught.value.hint.startswith(f"{name} ")
+
+
 def test_budgets_know_when_they_are_exact() -> None:
     assert Budget().exact and Budget.parse("").exact and Budget(error=0).exact
     assert not any(Budget(**{f: 0.5}).exact for f in ("max_drop", "error", "latency", "params"))

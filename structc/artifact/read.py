@@ -314,7 +314,9 @@ def check_same_model(model: nn.Module, sites: Sites, manifest: Mapping[str, Any]
                 continue
             assert have is not None
             have = (have[0], math.prod(have[1:]))
-        if have != want:
+        if have is None:
+            wrong.append(f"{site.weight} is missing")
+        elif have != want:
             wrong.append(f"{site.weight} is {every.get(site.weight)}, the artifact has {want}")
         if site.bias is not None and site.bias not in every:
             wrong.append(f"{site.bias} is missing")

@@ -156,7 +156,7 @@ def read(weight: Tensor) -> Matrix | None:
         what = f"{weight.dim()}-D, {weight.layout}, on {weight.device}"
         raise ConfigError(
             f"recognize takes one matrix with values, got a tensor that is {what}",
-            hint="pass weight.flatten(1) of a convolution, weight.to_dense() of a sparse tensor",
+            hint=_what_to_pass(weight),
         )
     stored = weight.detach().cpu().resolve_conj().resolve_neg()
     if stored.numel() == 0:
@@ -170,6 +170,17 @@ def read(weight: Tensor) -> Matrix | None:
     if np.iscomplexobj(values) and not values.imag.any():
         values = values.real
     return _scaled(np.ascontiguousarray(values), unit)
+
+
+def _what_to_pass(weight: Tensor) -> str:
+    """How to make a matrix with values of a tensor that is none."""
+    if weight.is_meta:
+        return "a meta tensor holds no values: load the weight onto the CPU first"
+    if weight.layout != torch.strided:
+        return "pass weight.to_dense() of a sparse tensor"
+    if weight.dim() < 2:
+        return "recognize reads no vectors: pass the weight of a layer, not its bias"
+    return "pass weight.flatten(1) of a convolution, and each matrix of a stack by itself"
 
 
 def _integers(stored: Tensor) -> Matrix | None:

@@ -20,11 +20,12 @@ DENSE = 0.5
 
 
 def block_diagonal(matrix: Matrix) -> Iterator[Proposal]:
-    """Blocks that share no row and no column, of any sizes, in any order.
+    """Blocks that share no row and no column, in any order; of one size, or filled up to one.
 
     Math:    the connected components of the bipartite graph of rows and columns with an edge for
              each nonzero. Smaller blocks are padded to the largest: y = S blockdiag(B) P x, where
-             padded columns read any input with weight zero.
+             padded columns read any input with weight zero. Sizes so unequal that the padded
+             blocks would store more than half of the matrix are not proposed.
     Cost:    O(m n).
 
     >>> import torch

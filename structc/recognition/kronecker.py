@@ -68,6 +68,8 @@ def _grids(matrix: Matrix) -> Iterator[Grid]:
     rng = np.random.default_rng(0)
     for m1 in divisors(m):
         for n1 in divisors(n):
+            if (m1, n1) in ((1, n), (m, 1)):
+                continue  # columns times rows: terms are ranks, which low rank has been asked about
             one, other = m1 * n1, (m // m1) * (n // n1)
             most = min((m * n - 1) // (one + other), min(one, other) - 1, TERMS)
             if most < 1:

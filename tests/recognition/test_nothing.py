@@ -132,21 +132,22 @@ def test_odd_inputs_are_no_structure_and_no_error(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value, text",
+    "value, text, hint",
     [
-        (None, "NoneType"),
-        (np.eye(3), "ndarray"),
-        (torch.zeros(3), "1-D"),
-        (torch.zeros(2, 2, 2), "3-D"),
-        (torch.eye(3).to_sparse(), "sparse"),
-        (torch.zeros(2, 2, device="meta"), "meta"),
+        (None, "NoneType", "layer.weight"),
+        (np.eye(3), "ndarray", "as_tensor"),
+        (torch.tensor(1.0), "0-D", "vector"),
+        (torch.zeros(3), "1-D", "vector"),
+        (torch.zeros(2, 2, 2), "3-D", "flatten"),
+        (torch.eye(3).to_sparse(), "sparse", "to_dense"),
+        (torch.zeros(2, 2, device="meta"), "meta", "no values"),
     ],
     ids=str,
 )
-def test_what_is_no_matrix_is_refused_with_a_hint(value: Any, text: str) -> None:
+def test_what_is_no_matrix_is_refused_with_its_hint(value: Any, text: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         recognize(value)
-    assert caught.value.hint
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])

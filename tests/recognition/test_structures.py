@@ -25,7 +25,8 @@ from recognition.planted import (
 
 from structc.families import LowRank, Monarch
 from structc.recognition import kinds, recognize
-from structc.recognition.kronecker import divisors
+from structc.recognition.base import read
+from structc.recognition.kronecker import divisors, kronecker
 
 
 def normal(*shape: int, seed: int = 11) -> Array:
@@ -167,6 +168,12 @@ def test_every_rank_in_narrow_dtypes(rank: int, dtype: torch.dtype) -> None:
         found = recognize(matrix)
         assert found is not None and found.name == "low_rank"
         assert isinstance(found.family, LowRank) and found.family.hyper() == {"rank": rank}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_low_rank_is_no_kronecker_product_of_columns_and_rows(dtype: torch.dtype) -> None:
+    matrix = read(tensor(normal(64, 15) @ normal(15, 48), dtype))
+    assert matrix is not None and not list(kronecker(matrix))
 
 
 def test_rows_that_repeat_are_low_rank_and_no_transform() -> None:
