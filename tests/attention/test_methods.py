@@ -123,7 +123,7 @@ def test_float32_and_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name: str) -> None:
     method = SAMPLES[name]
-    q, k, v = (t.requires_grad_() for t in qkv(20, d=3))
+    q, k, v = (t[:1, :1].detach().requires_grad_() for t in qkv(18, d=2))
     if name != "nystrom":  # of a pseudo-inverse they are large
         torch.autograd.gradcheck(method, (q, k, v), atol=1e-4)
     got = torch.autograd.grad(method(q, k, v).square().sum(), (q, k, v), allow_unused=True)
