@@ -28,7 +28,9 @@ TILE, BLOCK_TILES = 48, (64, 48, 96, 80, 32)
 """Queries of a tile; of one that must lie within a block of queries, the best first."""
 FITS = 1 << 17
 """Words of one head that a thread may pack for itself: half an L2."""
-_BIAS = {torch.float32: 1, torch.bool: 2, torch.bfloat16: 3}
+_OWN = 3
+_BIAS = {torch.float32: 1, torch.bool: 2, torch.bfloat16: _OWN}
+"""How the kernel reads a bias; one in bfloat16 only beside q in bfloat16."""
 _INCLUDED = (
     "atomic",
     "cmath",
@@ -122,7 +124,8 @@ class AttentionKernel:
             sizes += _PLAIN
             rest: tuple[Tensor | None, ...] = NOTHING
         else:
-            if extras.bias is not None and extras.bias.dtype not in _BIAS:
+            kind = 0 if extras.bias is None else _BIAS.get(extras.bias.dtype)
+            if kind is None or (kind == _OWN and self.dtype != torch.bfloat16):
                 return False
             rest = _contiguous(extras)
             sizes += _given(Extras(*rest), form)

@@ -89,7 +89,7 @@ def _site(
         kv_heads=case.kv_heads,
         head_dim=case.head_dim,
         length=case.keys,
-        proven=str(found.rule),
+        proven="" if found.bias is not None and found.rule.full else str(found.rule),
         nodes=tuple(n.name for n in parts.nodes),
         case=case,
     )

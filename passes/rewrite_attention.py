@@ -13,7 +13,6 @@ from structc import attend  # noqa: F401 - defines the operator
 from structc.passes.attention_parts import (
     ASSERTION,
     SDPA,
-    SOFTMAX,
     Operand,
     Parts,
     attention_parts,
@@ -92,7 +91,10 @@ def planned(node: Node) -> Planned | Refusal | None:
     if not parts.fused or floors:  # a row without keys is NaN, or the average of all values
         alive = rule.alive(square) or not plain
         if not alive and (parts.hidden or not _added(parts)):
-            return _refuse("DEAD_ROWS", "a query may see no key, which gives NaN there, 0 here")
+            reason = (
+                "nothing proves that each query sees a key: without one it is NaN there, 0 here"
+            )
+            return _refuse("DEAD_ROWS", reason)
         if not alive:  # as it is: exact whatever it hides
             biases, rule = list(parts.shown), Rule()
     fields = rule.fields()
@@ -133,9 +135,10 @@ def _added(parts: Parts) -> bool:
 
 
 def _square(parts: Parts) -> bool:
-    scores = next((shape_of(n) for n in parts.nodes if n.target in SOFTMAX), None)
-    if scores is None:
+    if parts.fused:
         scores = (shape_of(parts.q.node)[-2], shape_of(parts.k.node)[-2])
+    else:
+        scores = shape_of(parts.nodes[0])  # of the product; a softmax may have a column more
     return str(scores[-2]) == str(scores[-1])
 
 

@@ -27,6 +27,7 @@ from structc.errors import InternalError
 
 ELEMENTS = 1 << 23
 """Scores that the reference holds at a time."""
+LOWEST = -1e30
 _TEXT = re.compile(r"softmax\(([^()]*)\)")
 
 
@@ -248,6 +249,10 @@ def softmax_backward(
         rows = slice(part.first, part.last)
         scores, raw = part.scores(wide_q, wide_k, form, extras)
         p = (scores - safe[:, :, rows, None]).exp_()
+        faint = lse[:, :, rows, None] < LOWEST  # there the logarithm of the sum is lost
+        watched = torch._C._len_torch_dispatch_stack() > 0  # a tracer has no values to look at
+        if watched or bool((faint & (safe[:, :, rows, None] < 0)).any()):
+            p = torch.where(faint, scores.softmax(-1).nan_to_num(0.0), p)
         some_v = part.take(wide_v)
         ds = p * (grad[:, :, rows] @ some_v.mT - dot[:, :, rows, None])
         if form.softcap:
@@ -292,13 +297,20 @@ def _of_blocks(blocks: Tensor, form: Softmax, queries: Tensor, keys: Tensor) -> 
 
 def _rows(scores: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax of scores times v, and the logarithm of its sums."""
-    alive = (scores > -torch.inf).any(-1, keepdim=True) | scores.isnan().any(-1, keepdim=True)
-    lse = scores.masked_fill(~alive, 0).logsumexp(-1, keepdim=True)
-    lse = lse.masked_fill(~alive, -torch.inf)
+    if not scores.shape[-1]:  # no key at all
+        top = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    else:
+        top = scores.detach().amax(-1, keepdim=True)
     if sink is not None:
-        lse = torch.logaddexp(lse, sink[:, None, None])
-    shift = lse.masked_fill(lse == -torch.inf, 0)
-    p = (scores - shift).exp()
+        top = torch.maximum(top, sink.detach()[:, None, None])
+    shift = top.masked_fill(top == -torch.inf, 0)
+    e = (scores - shift).exp()
+    total = e.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink[:, None, None] - shift).exp()
+    # not through the logarithm of the sum: beside the lowest number that is lost
+    p = e / total.masked_fill(total == 0, 1)
+    lse = shift + total.log()
     finite = v.isfinite().all(-1)
     o = p @ v.masked_fill(~finite[..., None], 0)
     if not torch.compiler.is_compiling() and not bool(finite.all()):  # 0 * NaN is NaN

@@ -117,7 +117,7 @@ def model_sites(blocks: int = 6) -> tuple[Sites, dict[str, list[Candidate]], dic
             32,
             256,
             proven="padding",
-            kernel="structc",
+            kernel="structc" if blocks > 1 else "",
             price=Price("softmax", 8192, 21.0, 33.6, "structc", {}, "sdpa", 0.02, "measured"),
         )
         for d in range(blocks)

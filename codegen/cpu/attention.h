@@ -185,6 +185,13 @@ static inline void hide(float* s, uint64_t bits, int64_t left, int64_t right) {
 
 // ------------------------------------------------------------------ packing
 
+// A bias as a power of two. The lowest number would become -inf, which hides: where all keys of a row have
+// it, they are seen alike.
+static inline float in_twos(float bias) {
+  const float b = LOG2E * bias;
+  return b < -3e38f && bias > NONE ? -3e38f : b;
+}
+
 struct Packed {
   const uint32_t *keys, *values;
   const uint64_t* seen;
@@ -403,10 +410,10 @@ struct Tile {
     const int64_t step = c.bias[3], at = b * c.bias[0] + h * c.bias[1] + i * c.bias[2] + c0 * step;
     if (c.bias_kind == 1) {
       const float* bias = static_cast<const float*>(c.bias_at) + at;
-      for (int64_t j = left; j < end; ++j) s[j] += LOG2E * bias[j * step];
+      for (int64_t j = left; j < end; ++j) s[j] += in_twos(bias[j * step]);
     } else if (c.bias_kind == 3) {
       const T* bias = static_cast<const T*>(c.bias_at) + at;
-      for (int64_t j = left; j < end; ++j) s[j] += LOG2E * ::widen(bias[j * step]);
+      for (int64_t j = left; j < end; ++j) s[j] += in_twos(::widen(bias[j * step]));
     }
   }
 

@@ -162,7 +162,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False) -> None
         raise ConfigError(f"attention: batch, lengths or head_dim do not agree: {_shapes(q, k, v)}")
     h, g = q.shape[1], k.shape[1]
     if h != g and not grouped:
-        raise ConfigError(f"attention: {h} heads of q and {g} of k", hint="pass enable_gqa=True")
+        raise ConfigError(
+            f"attention: {h} heads of q and {g} of k",
+            hint="exact takes enable_gqa=True; methods want k and v repeated for each head of q",
+        )
     if h != g and (g == 0 or h % g):
         raise ConfigError(f"attention: {h} heads of q cannot share {g} heads of k evenly")
     if q.shape[-1] == 0:

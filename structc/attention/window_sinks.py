@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, check_qkv, exact
+from structc.errors import ConfigError
 from structc.softmax import Softmax
 
 
@@ -38,6 +39,10 @@ class WindowSinks(AbstractMethod):
     window: int
     sinks: int = 0
     is_causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.sinks < 0:
+            raise ConfigError(f"window_sinks: window {self.window}, {self.sinks} sinks")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output and row sums over the keys that are kept."""

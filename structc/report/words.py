@@ -177,9 +177,14 @@ def headline(data: Json) -> str:
     if summary["rewritten"]:
         return f"{_speed(data)} and {_quality(data)}.{broken}"
     why = _why_nothing(data)
-    ran = bool(v) and (v["runner"] == "inductor" or summary["replaced"])
+    attended = any(op["kernel"] for op in data["attention"])
+    ran = bool(v) and (v["runner"] == "inductor" or summary["replaced"] or attended)
+    if ran and summary["speedup"] is None and attended:
+        return f"Every weight is as it was, because {why}; attention runs on other kernels.{broken}"
     if ran and summary["speedup"] is not None:
-        how = "graphs compiled by Inductor" if v["runner"] == "inductor" else "other dense kernels"
+        ways = ["graphs compiled by Inductor"] if v["runner"] == "inductor" else []
+        ways += ["other kernels for attention"] if attended else []
+        how = " and ".join(ways or ["other dense kernels"])
         now = f"With {how} it {_lower(_speed(data))} and {_quality(data)}"
         return f"Every weight is as it was, because {why}. {now}.{broken}"
     return f"Nothing was rewritten, because {why}.{broken}"

@@ -206,6 +206,34 @@ def test_biases_of_every_shape() -> None:
     assert torch.allclose(exact(q, k, v, bias=hidden == 0), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_bias_of_another_dtype(dtype: torch.dtype, other: torch.dtype) -> None:
+    q, k, v = (t.to(dtype) for t in qkv())
+    bias = torch.randn(70, 70).to(other)
+    want = F.scaled_dot_product_attention(*(t.double() for t in (q, k, v)), attn_mask=bias.double())
+    assert relative_error(exact(q, k, v, bias=bias), want) < (
+        1e-2 if dtype == torch.bfloat16 else 1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_of_lowest_numbers_sees_all_keys_alike(dtype: torch.dtype) -> None:
+    """What Hugging Face's added masks do to a query of padding."""
+    q, k, v = (t.requires_grad_() for t in qkv(dtype=dtype))
+    bias = torch.zeros(70, 70, dtype=dtype)
+    bias[3] = torch.finfo(dtype).min
+    bias[4, 5:] = torch.finfo(dtype).min
+    bias[5] = -math.inf
+    y = exact(q, k, v, bias=bias)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    assert torch.allclose(y, want, atol=1e-5) and torch.allclose(y[:, :, 3], v.mean(2), atol=1e-5)
+    (got,) = torch.autograd.grad(y.square().sum(), v)
+    plain = (q @ k.mT / 4 + bias).softmax(-1).nan_to_num(0) @ v  # PyTorch's operator errs here
+    (true,) = torch.autograd.grad(plain.square().sum(), v)
+    assert relative_error(got, true) < 1e-5
+
+
 def test_sinks_that_meet_no_value() -> None:
     q, k, v = qkv()
     logits = torch.randn(4)
