@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,14 +63,7 @@ def make(dtype: torch.dtype) -> AttentionKernel | Refusal:
     function = library.structc_run
     function.argtypes, function.restype = [ctypes.c_void_p] * 3, ctypes.c_int32
     kernel = AttentionKernel(dtype, function)
-    passed = Path(library._name).with_suffix(".ok")
-    if not passed.exists():
-        failed = _self_test(kernel)
-        if failed is not None:
-            return failed
-        with contextlib.suppress(OSError):
-            passed.touch()
-    return kernel
+    return build.tested(library, lambda: _self_test(kernel)) or kernel
 
 
 def emit(dtype: torch.dtype) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,18 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structc import attend, hardware, settings
-from structc.codegen import attention, tuning_db
-from structc.codegen.cpu import build
+from structc import attend
+from structc.attention_records import AttentionCase
+from structc.codegen import attention, autotune
 from structc.codegen.measure import ROUNDS
 from structc.codegen.tuning_db import Key, Row, TuningDb
-from structc.errors import ConfigError
 from structc.numerics import relative_error, tolerance
-from structc.records import AttentionCase, Price, Refusal, Timed
+from structc.records import Price, Refusal, Timed
 from structc.softmax import Extras, Softmax, softmax_reference
 from structc.timing import interleaved
-
-log = logging.getLogger("structc.autotune")
 
 CHECKED = 64
 """Queries that are held against the reference before anything is timed."""
@@ -41,8 +37,7 @@ def price(
     or products and softmax spelled out.
 
     Args:
-        effort: as for :func:`structc.codegen.autotune.price`; ``"none"`` and ``"recorded"`` time
-            nothing.
+        effort: as for :func:`structc.codegen.autotune.price`; with ``"none"`` all is refused.
     """
     found: dict[AttentionCase, Price | Refusal] = {}
     unique = list(dict.fromkeys(cases))
@@ -54,14 +49,15 @@ def price(
 
 
 def _price(case: AttentionCase, effort: str) -> Price | Refusal:
-    if effort not in ("none", "recorded", "quick", "full"):
-        raise ConfigError(f"effort {effort!r} is none of none, recorded, quick, full")
+    untimed = _refuse("BUDGET", "it was not timed on this machine, and nothing is timed now")
+    if effort == "none":
+        return untimed
     key, db = tuning_key(case), TuningDb()
-    known = db.chosen(key, "quick" if effort in ("none", "recorded") else effort)
+    known = db.chosen(key, "quick" if effort == "recorded" else effort)
     if known is not None:
         return _from_row(case, known)
-    if effort in ("none", "recorded"):
-        return _refuse("BUDGET", "it was not timed on this machine, and nothing is timed now")
+    if effort == "recorded":
+        return untimed
     rows = _measured(case, effort)
     if isinstance(rows, Refusal):
         return rows
@@ -71,8 +67,6 @@ def _price(case: AttentionCase, effort: str) -> Price | Refusal:
 
 def tuning_key(case: AttentionCase) -> Key:
     """What the measurements of a case are stored under."""
-    target = hardware.target()
-    compiler = build.compiler_version(settings.current().compiler)
     sizes = (case.batch, case.heads, case.kv_heads, case.queries, case.keys)
     words = [case.form, *map(str, sizes), str(case.head_dim), str(case.value_dim)]
     flags = (
@@ -84,26 +78,15 @@ def tuning_key(case: AttentionCase) -> Key:
         case.repeated,
         case.fused,
     )
-    return Key(
-        form=f"attention {' '.join(words)} {' '.join(map(str, flags))} {case.torch_causal}",
-        rows=case.batch * case.queries,
-        dtype=str(case.dtype).removeprefix("torch."),
-        transposed=False,
-        threads=target.threads,
-        cpu=target.cpu,
-        isa=target.isa,
-        cores=target.cores,
-        torch=target.torch,
-        compiler="none" if isinstance(compiler, Refusal) else compiler,
-        source=tuning_db.source_hash() if settings.current().native else "off",
-    )
+    form = f"attention {' '.join(words)} {' '.join(map(str, flags))} {case.torch_causal}"
+    return autotune.key_here(form, case.batch * case.queries, case.dtype)
 
 
 def _measured(case: AttentionCase, effort: str) -> list[Row] | Refusal:
     """A row for each way that may replace the graph's; the fastest carries the effort."""
     form = Softmax.parse(case.form)
     (q, k, v), extras, full = _sample(case, form)
-    calls: dict[str, Call] = {"graph": _graph(case, form, q, k, v, full, extras)}
+    calls: dict[str, Call] = {"graph": _graph(case, form, q, k, v, full)}
     kernel = attend.kernel_for("cpu", case.dtype)
     if kernel is not None:
         failed = _check(q, k, v, form, extras)
@@ -139,7 +122,7 @@ def _row(name: str, timed: Timed, base: Timed, case: AttentionCase, effort: str)
     )
 
 
-def _from_row(case: AttentionCase, row: Row) -> Price | Refusal:
+def _from_row(case: AttentionCase, row: Row) -> Price:
     return Price(
         case.form,
         case.batch * case.queries,
@@ -195,7 +178,6 @@ def _graph(
     k: Tensor,
     v: Tensor,
     full: Tensor | None,
-    extras: Extras,
 ) -> Call:
     """What the graph does."""
     group = case.heads // case.kv_heads if case.repeated or not case.fused else 1

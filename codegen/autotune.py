@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import torch
+
 from structc import hardware, settings
 from structc.codegen import cost, tuning_db
 from structc.codegen.contenders import Contender, Request
@@ -104,15 +106,21 @@ def predict(request: Request) -> Price:
 
 def tuning_key(request: Request) -> Key:
     """What the request's measurements are stored under."""
-    target = hardware.target()
-    compiler = build.compiler_version(settings.current().compiler)
     plus = "+bias" if request.bias and not isinstance(request.form, Tile) else ""
     plus = "+parts" if request.parts else f" for {request.of}" if request.of else plus
+    form = f"{request.form}{plus}"
+    return key_here(form, request.rows, request.dtype, transposed=request.transposed)
+
+
+def key_here(form: str, rows: int, dtype: torch.dtype, *, transposed: bool = False) -> Key:
+    """The key of something that was timed on this machine, as it is set up now."""
+    target = hardware.target()
+    compiler = build.compiler_version(settings.current().compiler)
     return Key(
-        form=f"{request.form}{plus}",
-        rows=request.rows,
-        dtype=str(request.dtype).removeprefix("torch."),
-        transposed=request.transposed,
+        form=form,
+        rows=rows,
+        dtype=str(dtype).removeprefix("torch."),
+        transposed=transposed,
         threads=target.threads,
         cpu=target.cpu,
         isa=target.isa,

@@ -33,12 +33,14 @@ class Case:
         calls: baseline and contenders by name.
         want: an output that all of them are held against; None for approximations of noise.
         aim: the speedup that was asked for, by contender.
+        flops: of a call, where all contenders do the same; 0 for none.
     """
 
     name: str
     calls: dict[str, Call]
     want: Tensor | None = None
     aim: dict[str, str] = field(default_factory=dict)
+    flops: float = 0.0
 
 
 def noise(batch: int, heads: int, n: int, dtype: torch.dtype, d: int = 64) -> list[Tensor]:
@@ -61,6 +63,7 @@ def exact_cases(dtype: torch.dtype) -> Iterator[Case]:
                 },
                 reference(q, k, v, is_causal=causal),
                 {"exact": "2.2"},
+                0.0 if causal else 4.0 * heads * n * n * 64,
             )
         lag = torch.arange(n)[:, None] - torch.arange(n)
         mask = (lag >= 0) & ((lag < 256) | (torch.arange(n) < 4))
@@ -196,9 +199,10 @@ def measure(case: Case, rounds: int, tolerance: float) -> Iterator[str]:
     for name, t in timed.items():
         aim = f"aim {case.aim[name]}x" if name in case.aim else ""
         ratio = base.latency_ms / t.latency_ms
+        rate = f"{1e-6 * case.flops / t.latency_ms:5.0f} GFLOP/s" if case.flops else ""
         yield (
             f"{case.name:<44} {name:<18} {t.latency_ms:9.2f} ms  spread {t.spread:4.0%}  "
-            f"{ratio:6.2f}x  {aim}"
+            f"{ratio:6.2f}x  {aim:<10} {rate}"
         )
 
 

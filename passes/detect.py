@@ -11,10 +11,11 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from structc.attention_records import AttentionSite
 from structc.passes.detect_attention import attention_sites
 from structc.passes.linear_uses import TRANSPOSES, Use, full_name, linear_uses
 from structc.passes.windows import convolution_sites
-from structc.records import AttentionSite, Captured, LinearSite, NodeRef, Refusal, Sites
+from structc.records import Captured, LinearSite, NodeRef, Refusal, Sites
 
 aten = torch.ops.aten
 

@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from structc.attention_records import AttentionCase, AttentionSite
 from structc.passes.attention_parts import SDPA, Operand
 from structc.passes.guards import resize_inputs
 from structc.passes.rewrite_attention import Planned, planned
-from structc.records import (
-    AttentionCase,
-    AttentionSite,
-    Captured,
-    DimGuard,
-    NodeRef,
-    Refusal,
-    Region,
-)
+from structc.records import Captured, DimGuard, NodeRef, Refusal, Region
 
 log = logging.getLogger("structc.detect")
 

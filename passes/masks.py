@@ -10,105 +10,36 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
+from torch.fx import Node
+
+from structc.passes.predicates import (
+    Added,
+    All,
+    AtMost,
+    Given,
+    Line,
+    Number,
+    Seen,
+    Some,
+    Value,
+    always,
+    holds,
+    is_one,
+    moves,
+    never,
+    seen_without_units,
+    without_units,
+)
+from structc.passes.writes import storage_of, written_to
 
 aten = torch.ops.aten
 HIDES = -1e30
 """What is added to hide a key is below this."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """``sum_d coefs[d] index_d + const``; dimensions are counted from the right: -1, -2, ..."""
-
-    coefs: tuple[tuple[int, int], ...]
-    const: int
-    size: bool = False
-    """Whether it is taken in absolute value."""
-
-    def plus(self, other: Line, sign: int = 1) -> Line:
-        """The sum, or the difference."""
-        total = dict(self.coefs)
-        for dim, c in other.coefs:
-            total[dim] = total.get(dim, 0) + sign * c
-        kept = tuple(sorted((d, c) for d, c in total.items() if c))
-        return Line(kept, self.const + sign * other.const)
-
-    def moved(self, to: Callable[[int], int]) -> Line:
-        """With other dimensions."""
-        return replace(self, coefs=tuple(sorted((to(d), c) for d, c in self.coefs)))
-
-    def times(self, factor: int) -> Line:
-        return Line(tuple((d, factor * c) for d, c in self.coefs if factor), factor * self.const)
-
-
-@dataclass(frozen=True)
-class AtMost:
-    """``line <= 0``."""
-
-    line: Line
-
-
-@dataclass(frozen=True)
-class All:
-    """Every part holds; of none, always."""
-
-    parts: tuple[Seen, ...]
-
-
-@dataclass(frozen=True)
-class Some:
-    """Some part holds; of none, never."""
-
-    parts: tuple[Seen, ...]
-
-
-@dataclass(frozen=True)
-class Given:
-    """A boolean tensor of which nothing is known, or its negation."""
-
-    node: Node
-    flipped: bool = False
-
-
-Seen = AtMost | All | Some | Given
-
-
-@dataclass(frozen=True)
-class Number:
-    """1 where it holds, else 0, as a number."""
-
-    seen: Seen
-
-
-@dataclass(frozen=True)
-class Added:
-    """0 where a key is seen, else a value that hides it."""
-
-    seen: Seen
-    value: float
-
-
-Value = Line | AtMost | All | Some | Given | Number | Added | float | None
-
-
-def never(seen: Seen) -> Seen:
-    """The negation."""
-    match seen:
-        case AtMost(line):
-            return AtMost(line.times(-1).plus(Line((), 1)))
-        case All(parts):
-            return Some(tuple(map(never, parts)))
-        case Some(parts):
-            return All(tuple(map(never, parts)))
-        case Given(node, flipped):
-            return Given(node, not flipped)
 
 
 def read(node: Any, known: dict[Node, Value]) -> Value:
@@ -137,30 +68,15 @@ def _settled(value: Value, dtype: torch.dtype | None, shape: tuple[Any, ...] | N
     if isinstance(value, Line):
         if value.coefs and dtype is not None and dtype not in _WHOLE:
             return None
-        return _without_units(value, shape)
+        return without_units(value, shape)
     if isinstance(value, (AtMost, All, Some, Given)):
-        seen = _seen_without_units(value, shape)
+        seen = seen_without_units(value, shape)
         return seen if dtype in (None, torch.bool) else Number(seen)
     if isinstance(value, Number):
-        return Number(_seen_without_units(value.seen, shape))
+        return Number(seen_without_units(value.seen, shape))
     if isinstance(value, Added):
-        return Added(_seen_without_units(value.seen, shape), value.value)
+        return Added(seen_without_units(value.seen, shape), value.value)
     return value
-
-
-def _seen_without_units(seen: Seen, shape: tuple[Any, ...] | None) -> Seen:
-    match seen:
-        case AtMost(line):
-            return _holds(_without_units(line, shape))
-        case All(parts) | Some(parts):
-            return type(seen)(tuple(_seen_without_units(p, shape) for p in parts))
-    return seen
-
-
-def _without_units(line: Line, shape: tuple[Any, ...] | None) -> Line:
-    """An index along a dimension of size 1 is 0, also where that is expanded later."""
-    sizes = dict(zip(range(-len(shape or ()), 0), shape or (), strict=True))
-    return replace(line, coefs=tuple((d, c) for d, c in line.coefs if not _one(sizes.get(d))))
 
 
 def seen_by(node: Node) -> tuple[Seen, float] | None:
@@ -179,33 +95,6 @@ def seen_by(node: Node) -> tuple[Seen, float] | None:
     if isinstance(value, (AtMost, All, Some, Given)):
         return value, float("-inf")
     return (value.seen, value.value) if isinstance(value, Added) else None
-
-
-def written_to(graph: Graph) -> set[Node]:
-    """The nodes whose storage some operator of a graph writes to."""
-    found = set()
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable:
-            continue
-        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
-        named |= node.kwargs
-        for argument in schema.arguments:
-            value = named.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                found |= {storage_of(v) for v in pytree.tree_leaves(value) if isinstance(v, Node)}
-    return found
-
-
-def storage_of(node: Node) -> Node:
-    """Where a view, or a write in place, goes back to."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        schema = getattr(node.target, "_schema", None)
-        returns = schema.returns if schema is not None else ()
-        if not returns or returns[0].alias_info is None:
-            break
-        node = node.args[0]
-    return node
 
 
 # ---------------------------------------------------------------------------- operators
@@ -249,31 +138,6 @@ def _same(node: Any, known: dict[Node, Value]) -> Value:
     return value
 
 
-def _moves(value: Value, to: Callable[[int], int | None]) -> Value:
-    """A value whose dimensions stand elsewhere; unknown if one of them is gone."""
-    match value:
-        case Line():
-            found = [to(d) for d, _ in value.coefs]
-            return None if None in found else value.moved(lambda d: to(d) or 0)
-        case AtMost(line):
-            moved = _moves(line, to)
-            return AtMost(moved) if isinstance(moved, Line) else None
-        case All(parts) | Some(parts):
-            several = [_moves(p, to) for p in parts]
-            if any(p is None for p in several):
-                return None
-            return type(value)(tuple(several))  # type: ignore[arg-type]
-        case Number(seen):
-            moved = _moves(seen, to)
-            return None if moved is None else Number(moved)  # type: ignore[arg-type]
-        case Added(seen, low):
-            moved = _moves(seen, to)
-            return None if moved is None else Added(moved, low)  # type: ignore[arg-type]
-        case Given():
-            return None  # it is its node that is meant: another shape is another node
-    return value
-
-
 def _unsqueeze(node: Any, known: dict[Node, Value]) -> Value:
     shape = _shape(node.args[0])
     at = node.args[1] if len(node.args) > 1 else None
@@ -281,7 +145,7 @@ def _unsqueeze(node: Any, known: dict[Node, Value]) -> Value:
         return None
     rank = len(shape)
     place = at + rank + 1 if at < 0 else at
-    return _moves(read(node.args[0], known), lambda d: d - 1 if d < place - rank else d)
+    return moves(read(node.args[0], known), lambda d: d - 1 if d < place - rank else d)
 
 
 def _view(node: Any, known: dict[Node, Value]) -> Value:
@@ -289,16 +153,12 @@ def _view(node: Any, known: dict[Node, Value]) -> Value:
     before, after = _shape(node.args[0]), _shape(node)
     if before is None or after is None:
         return None
-    old = [d for d in range(-len(before), 0) if not _one(before[d])]
-    new = [d for d in range(-len(after), 0) if not _one(after[d])]
+    old = [d for d in range(-len(before), 0) if not is_one(before[d])]
+    new = [d for d in range(-len(after), 0) if not is_one(after[d])]
     if [str(before[d]) for d in old] != [str(after[d]) for d in new]:
         return None
     places = dict(zip(old, new, strict=True))
-    return _moves(read(node.args[0], known), lambda d: places.get(d))
-
-
-def _one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
+    return moves(read(node.args[0], known), lambda d: places.get(d))
 
 
 def _transpose(node: Any, known: dict[Node, Value]) -> Value:
@@ -307,7 +167,7 @@ def _transpose(node: Any, known: dict[Node, Value]) -> Value:
         return None
     first, second = (d - len(shape) if d >= 0 else d for d in (a, b))
     places = {first: second, second: first}
-    return _moves(read(node.args[0], known), lambda d: places.get(d, d))
+    return moves(read(node.args[0], known), lambda d: places.get(d, d))
 
 
 def _slice(node: Any, known: dict[Node, Value]) -> Value:
@@ -387,16 +247,6 @@ def _index(node: Any, known: dict[Node, Value]) -> Value:
     return found
 
 
-def always(seen: Seen) -> bool:
-    """Whether it holds for all indices, as far as its parts say."""
-    match seen:
-        case All(parts):
-            return all(map(always, parts))
-        case Some(parts):
-            return any(map(always, parts))
-    return False
-
-
 def _product(node: Any, known: dict[Node, Value]) -> Value:
     a, b = (read(x, known) for x in node.args[:2])
     for one, other in ((a, b), (b, a)):
@@ -429,29 +279,20 @@ def _compare(less: bool, strict: bool) -> Callable[[Any, dict[Node, Value]], Val
         if high.size:  # |x| >= c
             plain = replace(high, size=False)
             sides = low.plus(plain, -1), low.plus(plain)
-            return Some(tuple(_holds(side.plus(gap)) for side in sides))
+            return Some(tuple(holds(side.plus(gap)) for side in sides))
         if low.size:  # |x| <= c
             plain = replace(low, size=False)
             sides = plain.plus(high, -1), plain.times(-1).plus(high, -1)
-            return All(tuple(_holds(side.plus(gap)) for side in sides))
-        return _holds(low.plus(high, -1).plus(gap))
+            return All(tuple(holds(side.plus(gap)) for side in sides))
+        return holds(low.plus(high, -1).plus(gap))
 
     return rule
-
-
-def _holds(line: Line) -> Seen:
-    """``line <= 0``, or what that is for all indices, which are 0 and more."""
-    if line.const <= 0 and all(c < 0 for _, c in line.coefs):
-        return All(())
-    if line.const > 0 and all(c > 0 for _, c in line.coefs):
-        return Some(())
-    return AtMost(line)
 
 
 def _equal(node: Any, known: dict[Node, Value]) -> Value:
     a, b = (read(x, known) for x in node.args[:2])
     if isinstance(a, Line) and isinstance(b, Line) and not (a.size or b.size):
-        return All((_holds(a.plus(b, -1)), _holds(b.plus(a, -1))))
+        return All((holds(a.plus(b, -1)), holds(b.plus(a, -1))))
     if isinstance(a, Number) and isinstance(b, Line) and not b.coefs and b.const in (0, 1):
         return a.seen if b.const else never(a.seen)
     return None

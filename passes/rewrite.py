@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from structc.attention_records import AttentionSite
 from structc.families import AbstractFamily, Dense
 from structc.passes.activation import following_activation
 from structc.passes.chains import find_chains, fuse
@@ -18,7 +19,7 @@ from structc.passes.filters import use_filters
 from structc.passes.region import Runner, attributes_of, install, view_of
 from structc.passes.rewrite_attention import Planned, planned, replace_attention
 from structc.passes.windows import Windowed, replace_convolution
-from structc.records import AttentionSite, Captured, LinearSite, Region, Sites
+from structc.records import Captured, LinearSite, Region, Sites
 
 aten = torch.ops.aten
 FACTORS = "structc_"

@@ -13,23 +13,18 @@ from structc import attend  # noqa: F401 - defines the operator
 from structc.passes.attention_parts import (
     ASSERTION,
     SDPA,
+    SOFTMAX,
     Operand,
     Parts,
-    attention_parts,
+    fused_parts,
+    refuse,
     shape_of,
 )
-from structc.passes.masks import (
-    All,
-    AtMost,
-    Given,
-    Line,
-    Seen,
-    never,
-    seen_by,
-    storage_of,
-    written_to,
-)
+from structc.passes.attention_spelled import spelled_parts
+from structc.passes.masks import seen_by
+from structc.passes.predicates import All, AtMost, Given, Line, Seen, never
 from structc.passes.visibility import Rule, rule_of
+from structc.passes.writes import storage_of, written_to
 from structc.records import Refusal
 from structc.softmax import Softmax
 
@@ -76,50 +71,46 @@ def planned(node: Node) -> Planned | Refusal | None:
     Skips when:    the attention matrix is read elsewhere, weights are dropped at random, what
         hides a key might not, or a query might see no key where the graph gives NaN or an average.
     """
-    parts = attention_parts(node)
+    parts = fused_parts(node) if node.target is SDPA else None
+    if node.target in SOFTMAX:
+        parts = spelled_parts(node)
     if not isinstance(parts, Parts):
         return parts
     written = written_to(node.graph)
     inputs = [p.node for p in (parts.q, parts.k, parts.v)]
     if written and any(storage_of(n) in written for n in (*inputs, *parts.nodes)):
-        return _refuse("WRITTEN", "something writes to its tensors in place")
-    rule, biases, plain = _rule(parts), [], parts.shown + parts.hidden
-    known = [seen_by(mask) for mask in parts.shown]
-    biases = [mask for mask, seen in zip(parts.shown, known, strict=True) if seen is None]
-    floors = [seen[1] for seen in known if seen is not None and seen[1] > -torch.inf]
-    square = _square(parts)
-    if not parts.fused or floors:  # a row without keys is NaN, or the average of all values
-        alive = rule.alive(square) or not plain
-        if not alive and (parts.hidden or not _added(parts)):
+        return refuse("WRITTEN", "something writes to its tensors in place")
+    shown = {mask: seen_by(mask) for mask in parts.shown}
+    rule, masked = _rule(parts, shown), bool(parts.shown or parts.hidden)
+    biases = [mask for mask, seen in shown.items() if seen is None]
+    floored = any(seen is not None and seen[1] > -torch.inf for seen in shown.values())
+    # spelled out, a row without keys is NaN, or the average of all values
+    if (not parts.fused or floored) and masked and not rule.alive(_square(parts)):
+        if not _added(parts):
             reason = (
                 "nothing proves that each query sees a key: without one it is NaN there, 0 here"
             )
-            return _refuse("DEAD_ROWS", reason)
-        if not alive:  # as it is: exact whatever it hides
-            biases, rule = list(parts.shown), Rule()
+            return refuse("DEAD_ROWS", reason)
+        biases, rule = list(parts.shown), Rule()  # as it is: exact whatever it hides
     fields = rule.fields()
     if rule.nothing or fields is None or rule.rest:
         if parts.hidden or len(parts.shown) != 1:
-            return _refuse("MASK", f"several masks, not all of them understood ({rule})")
+            return refuse("MASK", f"several masks, not all of them understood ({rule})")
         biases = [parts.shown[0]]
         fields = fields or {}
     if len(biases) > 1:
-        return _refuse("MASK", "several tensors are added to its scores")
+        return refuse("MASK", "several tensors are added to its scores")
     bias = biases[0] if biases else None
     if bias is not None and not 1 <= len(shape_of(bias)) <= 4:
-        return _refuse("MASK", "a mask of more than four dimensions")
+        return refuse("MASK", "a mask of more than four dimensions")
     whole = bias is not None and bias.meta["val"].dtype == torch.bool
     form = Softmax(parts.scale, softcap=parts.softcap, **fields)  # type: ignore[arg-type]
     return Planned(parts, form, rule, bias, () if whole else rule.keys)
 
 
-def _rule(parts: Parts) -> Rule:
+def _rule(parts: Parts, shown: Mapping[Node, tuple[Seen, float] | None]) -> Rule:
     """What all masks together show, as far as the graph proves it."""
-    seen: list[Seen] = []
-    for mask in parts.shown:
-        found = seen_by(mask)
-        if found is not None:
-            seen.append(found[0])
+    seen = [found[0] for found in shown.values() if found is not None]
     for mask in parts.hidden:
         found = seen_by(mask)
         if found is not None:
@@ -140,10 +131,6 @@ def _square(parts: Parts) -> bool:
     else:
         scores = shape_of(parts.nodes[0])  # of the product; a softmax may have a column more
     return str(scores[-2]) == str(scores[-1])
-
-
-def _refuse(code: str, reason: str) -> Refusal:
-    return Refusal("", "attention", code, reason)
 
 
 # ---------------------------------------------------------------------------- the graph

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.fx import Node
 
-from structc.passes.masks import All, AtMost, Given, Line, Seen, Some
+from structc.passes.predicates import All, AtMost, Given, Line, Seen, Some
 
 _LAG = ((-2, -1), (-1, 1))
 """Coefficients of j - i."""

@@ -71,18 +71,9 @@ def forget() -> None:
     _kernels.clear()
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    lags: Tensor | None,
-    keys: Tensor | None,
-    blocks: Tensor | None,
-    sink: Tensor | None,
-    form: str,
-) -> tuple[Tensor, Tensor]:
-    return _run(q, k, v, Softmax.parse(form), Extras(bias, lags, keys, blocks, sink))
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *extras, form = rest
+    return _run(q, k, v, Softmax.parse(form), Extras(*extras))
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> tuple[Tensor, Tensor]:
@@ -130,17 +121,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> No
             raise RuntimeError(f"structc::attention takes boolean {name}, got {given.dtype}")
 
 
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    lags: Tensor | None,
-    keys: Tensor | None,
-    blocks: Tensor | None,
-    sink: Tensor | None,
-    form: str,
-) -> tuple[Tensor, Tensor]:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     b, h, n, _ = q.shape
     o = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -23,7 +23,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("settings",),
     ("boundary", "files", "records", "numerics", "hardware", "step"),
-    ("spectral_steps",),
+    ("spectral_steps", "attention_records"),
     ("steps", "spectral"),
     ("forms", "softmax"),
     ("names", "progress", "reference", "timing", "trace"),

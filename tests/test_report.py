@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from structc.attention_records import AttentionSite
 from structc.errors import ArtifactCorrupt, ArtifactVersion, ArtifactWrite, ConfigError
 from structc.hardware import Target
 from structc.records import (
-    AttentionSite,
     Candidate,
     Choice,
     InputStats,

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -86,6 +86,19 @@ def load(name: str, source: str) -> ctypes.CDLL | Refusal:
                 ctypes.c_bool.in_dll(built, "structc_forked").value = True
             _loaded[key] = built
         return _loaded[key]
+
+
+def tested(library: ctypes.CDLL, test: Callable[[], Refusal | None]) -> Refusal | None:
+    """Hold a library against its reference once on this machine; what passed is written beside it.
+
+    A library is never written again under its name.
+    """
+    passed = Path(library._name).with_suffix(".ok")
+    failed = None if passed.exists() else test()
+    if failed is None:
+        with contextlib.suppress(OSError):
+            passed.touch()
+    return failed
 
 
 def forget() -> None:

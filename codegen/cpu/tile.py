@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,17 +170,11 @@ def _checked(spec: Spec) -> Callable[..., int] | Refusal:
     if isinstance(library, Refusal):
         return library
     function = library.structc_run
-    passed = Path(library._name).with_suffix(
-        ".ok"
-    )  # beside the library, which is never written again
     if not getattr(library, "structc_tested", False):
         function.argtypes, function.restype = _ARGUMENTS, ctypes.c_int32
-        if not passed.exists():
-            failed = _self_test(spec, function)
-            if failed is not None:
-                return failed
-            with contextlib.suppress(OSError):
-                passed.touch()
+        failed = build.tested(library, lambda: _self_test(spec, function))
+        if failed is not None:
+            return failed
         library.structc_tested = True  # type: ignore[attr-defined]
     return function
 

@@ -21,20 +21,11 @@ from structc.artifact.files import (
     dtype_name,
     sha256,
 )
+from structc.attention_records import AttentionSite
 from structc.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, InternalError
 from structc.families import BY_NAME
 from structc.forms import Tile
-from structc.records import (
-    AttentionSite,
-    Choice,
-    DimGuard,
-    Guards,
-    LinearSite,
-    NodeRef,
-    Plan,
-    Sites,
-    Window,
-)
+from structc.records import Choice, DimGuard, Guards, LinearSite, NodeRef, Plan, Sites, Window
 from structc.report import Report
 
 MOST_BYTES = 64 * 1024 * 1024

@@ -24,9 +24,10 @@ from structc.artifact.files import (
     dtype_name,
     sha256,
 )
+from structc.attention_records import AttentionSite
 from structc.compiled import Handle, handle_of
 from structc.errors import ArtifactWrite, ConfigError
-from structc.records import AttentionSite, DimGuard, LinearSite, Region
+from structc.records import DimGuard, LinearSite, Region
 
 
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:

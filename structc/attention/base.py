@@ -36,8 +36,6 @@ class AbstractMethod(abc.ABC):
     name: ClassVar[str]
     certified: ClassVar[bool] = False
     """Whether ``attend`` gives the row sums that an error certificate needs."""
-    causal: ClassVar[bool] = True
-    """Whether it can be causal."""
 
     scale: float | None = None
 

@@ -114,8 +114,8 @@ class ConvBasis(AbstractMethod):
             for s in range(self.num_basis):
                 starts[:, s] = torch.where(alive, at, n)
                 firsts.append(at)
-                head = self._head(queries, keys, at, lags, every)
-                found = self._next(queries, keys, at, last, head, every)
+                head = self._heads(queries, keys, at[:, None], lags)
+                found = self._next(queries, keys, at, last, head)
                 alive = alive & (found <= last)
                 at = torch.where(alive, found, at)
         lag = torch.arange(n)
@@ -127,28 +127,22 @@ class ConvBasis(AbstractMethod):
             columns.append(scores.gather(1, rows).masked_fill(~inside, 0))
         return Basis(starts, torch.stack(columns, 1))
 
-    def _head(self, q: Tensor, k: Tensor, at: Tensor, lags: int, every: Tensor) -> Tensor:
-        """The first scores of a column of each head."""
-        rows = (at[:, None] + torch.arange(lags)).clamp(max=q.shape[1] - 1)
-        some = q[every[:, None], rows]
-        sigma = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return sigma * torch.einsum("htd,hd->ht", some, k[every, at])
+    def _heads(self, q: Tensor, k: Tensor, at: Tensor, lags: int) -> Tensor:
+        """The first scores of some columns ``(heads, w)`` of each head: ``(heads, w, lags)``."""
+        rows = (at[..., None] + torch.arange(lags)).flatten(1).clamp(max=q.shape[1] - 1)
+        some = q.gather(1, rows[..., None].expand(-1, -1, q.shape[-1])).unflatten(1, (-1, lags))
+        keys = k.gather(1, at[..., None].expand(-1, -1, k.shape[-1]))
+        return self.sigma(q) * torch.einsum("hwtd,hwd->hwt", some, keys)
 
-    def _next(
-        self, q: Tensor, k: Tensor, at: Tensor, last: int, head: Tensor, every: Tensor
-    ) -> Tensor:
+    def _next(self, q: Tensor, k: Tensor, at: Tensor, last: int, head: Tensor) -> Tensor:
         """First column after ``at`` whose head differs; ``last + 1`` if none does."""
         low, high = at + 1, torch.full_like(at, last + 1)
-        lags, share = head.shape[1], torch.arange(WAYS) / WAYS
+        share = torch.arange(WAYS) / WAYS
         while bool((low < high).any()):
             # several columns between at a time: fewer steps than by halves, in the same order
             tried = low[:, None] + ((high - low)[:, None] * share).long()
-            rows = (tried.clamp(max=last)[..., None] + torch.arange(lags)).flatten(1)
-            some = q.gather(1, rows[..., None].expand(-1, -1, q.shape[-1]))
-            keys = k[every[:, None], tried.clamp(max=last)]
-            sigma = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-            column = sigma * torch.einsum("hwtd,hwd->hwt", some.unflatten(1, (WAYS, lags)), keys)
-            other = (column - head[:, None]).abs().mean(2) > self.change
+            columns = self._heads(q, k, tried.clamp(max=last), head.shape[2])
+            other = (columns - head).abs().mean(2) > self.change
             first = torch.where(other.any(1), other.long().argmax(1), WAYS)
             known = torch.cat([tried, high[:, None]], 1)
             above = known.gather(1, first[:, None])[:, 0]

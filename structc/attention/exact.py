@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -12,43 +12,29 @@ from structc.errors import ConfigError
 from structc.softmax import NOTHING, Extras, Softmax
 
 
+class Masks(TypedDict, total=False):
+    """What :func:`exact` takes beside q, k and v; what each means stands there."""
+
+    is_causal: bool
+    causal_offset: int
+    window: int | None
+    sinks: int
+    key_lengths: Tensor | None
+    block_mask: tuple[Tensor, int | tuple[int, int]] | None
+    bias: Tensor | None
+    scale: float | None
+    softcap: float | None
+    sink_logits: Tensor | None
+    enable_gqa: bool
+
+
 @overload
 def exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    is_causal: bool = ...,
-    causal_offset: int = ...,
-    window: int | None = ...,
-    sinks: int = ...,
-    key_lengths: Tensor | None = ...,
-    block_mask: tuple[Tensor, int | tuple[int, int]] | None = ...,
-    bias: Tensor | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    sink_logits: Tensor | None = ...,
-    enable_gqa: bool = ...,
-    return_lse: Literal[False] = ...,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **masks: Unpack[Masks]
 ) -> Tensor: ...
 @overload
 def exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    is_causal: bool = ...,
-    causal_offset: int = ...,
-    window: int | None = ...,
-    sinks: int = ...,
-    key_lengths: Tensor | None = ...,
-    block_mask: tuple[Tensor, int | tuple[int, int]] | None = ...,
-    bias: Tensor | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    sink_logits: Tensor | None = ...,
-    enable_gqa: bool = ...,
-    return_lse: Literal[True],
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **masks: Unpack[Masks]
 ) -> tuple[Tensor, Tensor]: ...
 def exact(
     q: Tensor,
@@ -113,17 +99,8 @@ def exact(
     True
     """
     check_qkv(q, k, v, grouped=enable_gqa)
+    _check_rule(is_causal, causal_offset, window, sinks)
     n, m = q.shape[2], k.shape[2]
-    if window is not None and window < 1:
-        raise ConfigError(f"exact: window = {window}, but a query sees at least itself, 1")
-    if sinks and window is None:
-        raise ConfigError(
-            "exact: sinks are keys seen from outside a window, but there is no window"
-        )
-    if sinks < 0:
-        raise ConfigError(f"exact: sinks = {sinks} is no number of keys")
-    if causal_offset and not (is_causal or window):
-        raise ConfigError("exact: causal_offset shifts a causal mask or a window; there is neither")
     bias, lags = _bias(bias, q, m)
     blocks, size = _blocks(block_mask, q, m)
     form = Softmax(
@@ -136,11 +113,8 @@ def exact(
         block_q=size[0],
         block_k=size[1],
     )
-    if sink_logits is not None and sink_logits.shape != (q.shape[1],):
-        shape = tuple(sink_logits.shape)
-        raise ConfigError(f"exact: sink_logits of {shape}, expected one a head: ({q.shape[1]},)")
     keys = _keys(key_lengths, q, m)
-    given = (bias, lags, keys, blocks, sink_logits)
+    given = (bias, lags, keys, blocks, _sink(sink_logits, q))
     extras = NOTHING if all(t is None for t in given) else Extras(*given)
     o, lse = attention(q, k, v, form, extras)
     return (o, lse) if return_lse else o
@@ -170,6 +144,26 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False) -> None
         raise ConfigError(f"attention: {h} heads of q cannot share {g} heads of k evenly")
     if q.shape[-1] == 0:
         raise ConfigError(f"attention: head_dim is 0: {_shapes(q, k, v)}")
+
+
+def _check_rule(is_causal: bool, causal_offset: int, window: int | None, sinks: int) -> None:
+    if window is not None and window < 1:
+        raise ConfigError(f"exact: window = {window}, but a query sees at least itself, 1")
+    if sinks and window is None:
+        raise ConfigError(
+            "exact: sinks are keys seen from outside a window, but there is no window"
+        )
+    if sinks < 0:
+        raise ConfigError(f"exact: sinks = {sinks} is no number of keys")
+    if causal_offset and not (is_causal or window):
+        raise ConfigError("exact: causal_offset shifts a causal mask or a window; there is neither")
+
+
+def _sink(sink_logits: Tensor | None, q: Tensor) -> Tensor | None:
+    if sink_logits is not None and sink_logits.shape != (q.shape[1],):
+        shape = tuple(sink_logits.shape)
+        raise ConfigError(f"exact: sink_logits of {shape}, expected one a head: ({q.shape[1]},)")
+    return sink_logits
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -33,7 +33,6 @@ class Nystrom(AbstractMethod):
     """
 
     name: ClassVar[str] = "nystrom"
-    causal: ClassVar[bool] = False
 
     landmarks: int
 

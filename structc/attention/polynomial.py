@@ -170,8 +170,12 @@ class Polynomial(AbstractMethod):
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = self._prepared(q.to(wide), k.to(wide))
         x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
-        y = self._chunks(queries, keys, x) if self.is_causal else self._whole(queries, keys, x)
+        y = self.sums(queries, keys, x)
         return (y[..., :-1] / y[..., -1:]).to(q.dtype), None
+
+    def sums(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        """``f(q k^T) x`` over the keys that each query sees; the scale is in q already."""
+        return self._chunks(q, k, x) if self.is_causal else self._whole(q, k, x)
 
     def _prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised as asked for, the scale in q."""

@@ -65,7 +65,7 @@ class SparseLowRank(AbstractMethod):
         queries, keys = q.to(wide) * self.sigma(q), k.to(wide)
         x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
         rule, outside, n, m = self._rule(), self._outside(), q.shape[2], k.shape[2]
-        far = _far(outside, queries, keys, x)
+        far = outside.sums(queries, keys, x)
         parts = []
         for first in range(0, n, CHUNK):
             last = min(n, first + CHUNK)
@@ -106,8 +106,3 @@ class SparseLowRank(AbstractMethod):
         reach = min(keys, (1 if self.is_causal else 2) * self.window + self.sinks + CHUNK)
         outside = self._outside().flops(queries, keys, head_dim)
         return 4.0 * queries * reach * head_dim + outside
-
-
-def _far(outside: Polynomial, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
-    """``f(S) [V, 1]`` of every visible key; the scale is in q already."""
-    return outside._chunks(q, k, x) if outside.is_causal else outside._whole(q, k, x)

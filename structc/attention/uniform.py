@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,12 +65,3 @@ class Uniform(AbstractMethod):
         if not self.is_causal:
             return torch.full((n,), float(m))
         return torch.arange(1, n + 1).clamp(max=m).double()
-
-
-def spread_bound(half_spread: float) -> float:
-    """Largest total variation of a row whose scores lie within ``half_spread`` of their middle.
-
-    >>> round(spread_bound(0.2), 4)
-    0.0997
-    """
-    return math.tanh(half_spread / 2)

@@ -13,15 +13,8 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from structc.records import (
-        AttentionSite,
-        Candidate,
-        LinearSite,
-        Plan,
-        Refusal,
-        Sites,
-        Verification,
-    )
+    from structc.attention_records import AttentionSite
+    from structc.records import Candidate, LinearSite, Plan, Refusal, Sites, Verification
 
 Json = dict[str, Any]
 

@@ -339,7 +339,7 @@ def test_a_saved_product_has_its_attention(tmp_path: Any, monkeypatch: pytest.Mo
     model, x = Spelled(scaled_first).eval(), floats(2, 9, H * D)
     cases = [a.case for a in detect(capture(model, to_call(x))).attention if a.case]
     attention_price.price(cases, effort="quick")  # known from then on
-    fast = structc.compile(model, x, effort="none")
+    fast = structc.compile(model, x, effort="recorded")
     fast.save(tmp_path / "out")
     again = structc.load(tmp_path / "out", Spelled(scaled_first))
     (site,) = again.structc.sites.attention

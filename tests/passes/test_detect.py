@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from zoo import ZOO, bert, floats, ids, padded
 
+from structc.attention_records import AttentionSite
 from structc.inputs import to_call
 from structc.passes.capture import capture
 from structc.passes.detect import detect
 from structc.passes.detect_attention import classify_mask
-from structc.records import AttentionSite, Sites
+from structc.records import Sites
 
 N, M = 6, 10
 

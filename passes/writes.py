@@ -1,0 +1,33 @@
+"""What a graph writes to in place: an export does not turn writes into values."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+
+def written_to(graph: Graph) -> set[Node]:
+    """The nodes whose storage some operator of a graph writes to."""
+    found = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+        named |= node.kwargs
+        for argument in schema.arguments:
+            value = named.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found |= {storage_of(v) for v in pytree.tree_leaves(value) if isinstance(v, Node)}
+    return found
+
+
+def storage_of(node: Node) -> Node:
+    """Where a view, or a write in place, goes back to."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        schema = getattr(node.target, "_schema", None)
+        returns = schema.returns if schema is not None else ()
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node

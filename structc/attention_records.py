@@ -1,0 +1,83 @@
+"""The frozen records of attention: one op of a graph, and all that its time depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from structc.records import NodeRef, Price, Refusal
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """All that the time of one attention depends on, at the example's sizes.
+
+    Attributes:
+        form: text of the :class:`structc.softmax.Softmax` that computes it.
+        batch, heads, kv_heads, queries, keys, head_dim, value_dim, dtype: of q, k and v.
+        mask, mask_shape: ``"bool"`` or ``"float"`` and its sizes for a mask that is handed over as
+            it is; ``""`` for none.
+        padded: whether some keys are hidden from all queries.
+        sink: whether each row has a score that meets no value.
+        masked: whether the original is given a mask.
+        repeated: whether the original repeats heads of keys for their groups.
+        fused: whether the original is PyTorch's operator.
+        torch_causal: PyTorch's flag, where its operator needs no mask for this; else None.
+    """
+
+    form: str
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    mask: str = ""
+    mask_shape: tuple[int, ...] = ()
+    padded: bool = False
+    sink: bool = False
+    masked: bool = False
+    repeated: bool = False
+    fused: bool = True
+    torch_causal: bool | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention op, in whatever spelling the graph has it.
+
+    Attributes:
+        name: the module that it belongs to.
+        node: where the graph computes it.
+        spelling: ``"sdpa"`` or ``"matmul_softmax_matmul"``.
+        mask_kind: ``"none"``, ``"causal"``, ``"all_true"``, ``"padding"``, ``"data_dependent"``,
+            ..., by its values at the example's sizes and at longer ones.
+        scale: the factor on the scores, if it is constant.
+        heads, kv_heads, head_dim, length: of the example inputs.
+        proven: what the graph proves of its mask, at every length.
+        nodes: everything between scores and output.
+        case: what its time depends on; None if it is not rewritten.
+        kernel: what computes it in the product: ``"structc"``, ``"torch"`` for PyTorch's operator
+            without the mask, or ``""`` for the graph as it is.
+        price: of the kernel, or of the best one where none was faster.
+        refusal: why it stays as it is.
+    """
+
+    name: str
+    node: NodeRef
+    spelling: str
+    mask_kind: str
+    scale: float | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    proven: str = ""
+    nodes: tuple[str, ...] = ()
+    case: AttentionCase | None = None
+    kernel: str = ""
+    price: Price | None = None
+    refusal: Refusal | None = None
