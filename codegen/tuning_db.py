@@ -95,7 +95,7 @@ class Key:
 
 KERNELS = frozenset(
     {"aten", "onednn", "mkl", "tile", "fft", "pocket", "band", "parts", "reference", "fault"}
-    | {"attention", "sdpa"}
+    | {"attention", "by_head", "sdpa"}
 )
 """Everything that was ever timed; tests time faults."""
 

@@ -101,7 +101,8 @@ def verify_product(
     notes += raced.notes
     way, latency = raced.way, raced.latency
     settled = replace(settled, product=raced.product)
-    changed = settled.product.replaced or lab.captured.filters or lab.rewrites_attention
+    attended = lab.rewrites_attention or settled.product.by_head
+    changed = settled.product.replaced or lab.captured.filters or attended
     rewritten = bool(changed) or way != "modules"
     if rewritten and lab.budget.params is None and slower(latency):
         settled, note = _given_up(lab, table, settled, latency)
@@ -138,15 +139,17 @@ def _roll_back(
     another kernel goes back to the user's own layer. Steps double, so that a prediction which is
     wrong ends soon. When nothing is left, it is the graphs that are wrong.
     """
-    untouched, rounds = set(lab.untouched), 0
+    untouched, rounds, blamed = set(lab.untouched), 0, False
     while True:
         progress("verify", rounds, rounds + 1)
         measured = _measure(lab, product, tolerance)
         if not measured.held and lab.captured.filters and not rounds:
             product, measured = _blamed(lab, product, measured, tolerance, plan, table)
-        if not measured.held and lab.rewrites_attention and not rounds:
+        if not (measured.held or blamed or product.by_head) and lab.rewrites_attention:
+            # what is approximated goes first: then attention is as exact as it claims, or wrong
             product, measured = _attention_blamed(lab, product, measured, tolerance, plan, table)
-        if measured.held or not product.replaced:
+            blamed = True
+        if measured.held or not (product.replaced or product.by_head):
             break
         log.info("rolling back: error %.3g, metric %s", measured.error, measured.metric)
         least = 2 ** max(0, rounds - 1)

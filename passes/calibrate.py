@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from structc.errors import CalibrationError
 from structc.inputs import canonical, clone_call, describe, run, signature_of, token_mask
@@ -285,7 +286,7 @@ def _one_pass(
             progress("calibrate", at + part[0] * len(calls), part[1] * len(calls))
             token = token_mask(call)
             mask[0] = None if token is None else token.to(torch.bool)
-            _forward(tree, call)
+            forward(tree, call)
         progress("calibrate", part[1] * len(calls), part[1] * len(calls))
     finally:
         for handle in handles:
@@ -293,7 +294,7 @@ def _one_pass(
     return {group: s.done(group) for group, s in sums.items() if s.rows or s.dropped}
 
 
-def _forward(tree: nn.Module, call: Call) -> None:
+def forward(tree: nn.Module, call: Call) -> None:
     try:
         with torch.no_grad(), preserved_buffers(tree):
             run(tree, clone_call(call))
@@ -325,8 +326,6 @@ def _watch_region(
                 wanted[ref.node] = group
     if not wanted:
         return []
-    owner = captured.tree.get_submodule(region.path)
-    view = view_of(region.graph, owner)
 
     class Watch(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
@@ -336,13 +335,23 @@ def _watch_region(
                 sums[wanted[n.name]].add(x, mask[0])
             return super().run_node(n)
 
+    return [interpreted(captured, region, Watch)]
+
+
+def interpreted(
+    captured: Captured, region: Region, kind: type[torch.fx.Interpreter]
+) -> RemovableHandle:
+    """Interpret a region's graph beside its module from now on, on the same inputs."""
+    owner = captured.tree.get_submodule(region.path)
+    view = view_of(region.graph, owner)
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = canonical(module, Call(args, kwargs))
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         if bind_sizes(region.guards, leaves, spec) is not None:
-            Watch(view).run(*clone_call(Call(tuple(leaves), {})).args)  # it may write to them
+            kind(view).run(*clone_call(Call(tuple(leaves), {})).args)  # it may write to them
 
-    return [owner.register_forward_pre_hook(before, with_kwargs=True)]
+    return owner.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def first_items(call: Call, items: int) -> Call:

@@ -35,12 +35,14 @@ class Product:
         runners: its regions.
         replaced: the family module of each rewritten site.
         chains: programs of whole chains that its graphs run as one operator.
+        by_head: attentions with heads that methods compute.
     """
 
     tree: nn.Module
     runners: tuple[Runner, ...]
     replaced: Mapping[str, AbstractFamily]
     chains: frozenset[str] = frozenset()
+    by_head: frozenset[str] = frozenset()
 
 
 def rewrite(
@@ -61,6 +63,7 @@ def rewrite(
     rewrite:      linear(x, W, b) [-> act]  -->  structc::tile(x, factors, program with bias, act)
                   linear(x, W, b) [-> act]  -->  structc::dense(x, W, b, act)
                   softmax(q k^T + mask) v   -->  structc::attention(q, k, v, ...)
+                  softmax(q k^T + mask) v   -->  structc::attention_by_head(q, k, v, ...)
     Sound because: the operator computes the family's matrix, bias and activation, which tests
         compare with its dense form; an activation is taken in only if it is the product's only use.
     Skips when:   a site is not in ``modules``; an activation has other readers; an attention has no
@@ -78,8 +81,9 @@ def rewrite(
     leaves.pop("", None)
     replace_modules(tree, leaves)
     runners, used = [], set()
+    attended = [a for a in sites.attention if a.kernel or a.by_head]
     for region in captured.regions:
-        inside = [a for a in sites.attention if a.node.region == region.path and a.kernel]
+        inside = [a for a in attended if a.node.region == region.path]
         graph = _rewrite_graph(region, tree, by_name, modules, places, inside)
         if chains:
             rewritten = replace(region, graph=graph)
@@ -88,7 +92,8 @@ def rewrite(
             used |= {str(c.program) for c in found}
             graph = view_of(region.graph, tree.get_submodule(region.path), graph.graph)
         runners.append(install(tree.get_submodule(region.path), replace(region, graph=graph)))
-    return Product(tree, tuple(runners), dict(modules), frozenset(used))
+    by_head = frozenset(a.name for a in attended if a.by_head)
+    return Product(tree, tuple(runners), dict(modules), frozenset(used), by_head)
 
 
 def _leaf(module: AbstractFamily, site: LinearSite) -> nn.Module:
@@ -147,7 +152,7 @@ def _rewrite_graph(
     for one in attention:
         found = planned(originals[one.node.node])
         if isinstance(found, Planned):
-            replace_attention(graph, found, nodes, one.kernel)
+            replace_attention(graph, found, nodes, one.kernel, one.by_head)
     for name, module in modules.items():
         site = sites[name]
         place = places[name].removeprefix(f"{region.path}." if region.path else "")

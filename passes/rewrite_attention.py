@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from structc import attend  # noqa: F401 - defines the operator
+from structc.attention import by_head  # noqa: F401 - defines the operator
 from structc.passes.attention_parts import (
     ASSERTION,
     SDPA,
@@ -30,6 +31,7 @@ from structc.softmax import Softmax
 
 aten = torch.ops.aten
 OPERATOR = torch.ops.structc.attention.default
+BY_HEAD = torch.ops.structc.attention_by_head.default
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def _square(parts: Parts) -> bool:
 # ---------------------------------------------------------------------------- the graph
 
 
-def replace_attention(graph: Graph, found: Planned, nodes: Mapping[str, Node], kernel: str) -> Node:
+def replace_attention(
+    graph: Graph, found: Planned, nodes: Mapping[str, Node], kernel: str, groups: str = ""
+) -> Node:
     """Put the operator in the place of an attention.
 
     Args:
@@ -144,12 +148,16 @@ def replace_attention(graph: Graph, found: Planned, nodes: Mapping[str, Node], k
         found: of the graph that this one is a copy of.
         nodes: of this graph by the name of their original.
         kernel: ``"structc"``, or ``"torch"`` for PyTorch's operator without a mask.
+        groups: heads that methods compute, where there are such.
     """
     parts, form = found.parts, found.form
     out = nodes[parts.out.name]
     with graph.inserting_before(out):
         q, k, v = (_made(graph, p, nodes) for p in (parts.q, parts.k, parts.v))
-        if kernel == "torch":
+        if groups:
+            keys = _keys(graph, found.keys, nodes)
+            new = graph.call_function(BY_HEAD, (q, k, v, keys, str(form), groups))
+        elif kernel == "torch":
             grouped = shape_of(parts.k.node)[1:2] != shape_of(parts.q.node)[1:2]
             new = graph.call_function(
                 SDPA,

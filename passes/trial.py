@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from structc.attention_records import PER_HEAD
 from structc.budget import Budget
 from structc.families import AbstractFamily, Dense
 from structc.passes import verify as V
@@ -92,6 +93,8 @@ class Lab:
         self.untouched = frozenset(untouched)
         modules: dict[str, AbstractFamily] = {}
         for site, choice in plan.choices.items():
+            if site not in self.by_name:
+                continue  # an attention
             stays = site in untouched or _plain(table[site]) or self.by_name[site].window
             if choice.family == Dense.name and stays:
                 continue  # a convolution as a matrix of windows is no faster than it is
@@ -100,7 +103,16 @@ class Lab:
                 modules[site] = made
         keep = {f"{s} {c.family} {sorted(c.hyper.items())}" for s, c in plan.choices.items()}
         self._modules = {k: m for k, m in self._modules.items() if k in keep}
-        return rewrite(self.captured, self.sites, modules, chains)
+        return rewrite(self.captured, self.sites_of(plan), modules, chains)
+
+    def sites_of(self, plan: Plan) -> Sites:
+        """The sites with what a plan decides about heads of attention."""
+        chosen = {n: c.hyper["permille"] for n, c in plan.choices.items() if c.family == PER_HEAD}
+        attention = tuple(
+            replace(s, by_head=s.levels[int(chosen[s.name])]) if s.name in chosen else s
+            for s in self.sites.attention
+        )
+        return replace(self.sites, attention=attention)
 
     def forget_filters(self) -> None:
         """Let products have the user's own convolutions, and so none of the graphs without them."""
@@ -118,7 +130,7 @@ class Lab:
             refusal = (
                 Refusal(site.name, "attention", "VERIFY", why) if site.kernel else site.refusal
             )
-            kept.append(replace(site, kernel="", refusal=refusal))
+            kept.append(replace(site, kernel="", refusal=refusal, levels={}))
         self.sites = replace(self.sites, attention=tuple(kept))
 
     def error(self, product: Product, part: str) -> float:
@@ -250,13 +262,20 @@ def sensitivities(lab: Lab, table: Table, progress: Progress) -> dict[str, float
             if not structured:
                 continue
             middle = structured[len(structured) // 2]
-            made = lab.module(name, Choice(middle.family, middle.hyper))
-            if isinstance(made, Refusal):
+            product = _alone(lab, name, Choice(middle.family, middle.hyper))
+            if product is None:
                 continue
-            product = rewrite(lab.captured, lab.sites, {name: made})
             moved = V.worst_error(product.tree, [probe], wanted)
             known = moved / middle.error if math.isfinite(moved) else 1e3
             lab.work.put(f"sensitivity-{name}", known)
         found[name] = float(known)
     progress("sensitivity", len(names), len(names))
     return found
+
+
+def _alone(lab: Lab, name: str, choice: Choice) -> Product | None:
+    """The model with one site rewritten; None if it cannot be."""
+    if choice.family == PER_HEAD:
+        return rewrite(lab.captured, lab.sites_of(Plan({name: choice})), {})
+    made = lab.module(name, choice)
+    return None if isinstance(made, Refusal) else rewrite(lab.captured, lab.sites, {name: made})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from structc.records import NodeRef, Price, Refusal
+
+PER_HEAD = "per_head"
+"""The family of a choice that lets heads of an attention take different methods."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,44 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
+class HeadTrial:
+    """One method on one head, against exact attention on calibration data.
+
+    Attributes:
+        method: as :func:`structc.attention.by_head.method_text` writes it.
+        error: relative output error, the worse of what it was fitted on and of what confirms it.
+        kl, tv: mean Kullback-Leibler divergence in nats and largest total variation of a row; NaN
+            where the method's weights are no distribution.
+        bound: what an output row may be off by, ``TV diam(V)``, in the values' units.
+        speedup: over the exact kernel, at the example's length.
+    """
+
+    method: str
+    error: float
+    kl: float
+    tv: float
+    bound: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """One head of an attention: what the data say, what was tried, and why not the rest.
+
+    Attributes:
+        head: its number.
+        numbers: of :class:`structc.attention.stats.HeadStats`.
+        tried: methods whose error was measured.
+        refused: methods that the numbers or the clock speak against.
+    """
+
+    head: int
+    numbers: Mapping[str, float]
+    tried: tuple[HeadTrial, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention op, in whatever spelling the graph has it.
 
@@ -64,6 +106,10 @@ class AttentionSite:
             without the mask, or ``""`` for the graph as it is.
         price: of the kernel, or of the best one where none was faster.
         refusal: why it stays as it is.
+        levels: for each share of a head's output that may be lost, in thousandths, the groups of
+            heads that take a method then (:func:`structc.attention.by_head.groups_of`).
+        head_rows: what is known of each head, where calibration data reached it.
+        by_head: the groups of the product; ``""`` where every head is exact.
     """
 
     name: str
@@ -81,3 +127,6 @@ class AttentionSite:
     kernel: str = ""
     price: Price | None = None
     refusal: Refusal | None = None
+    levels: Mapping[int, str] = field(default_factory=dict)
+    head_rows: tuple[HeadRow, ...] = ()
+    by_head: str = ""

@@ -145,7 +145,7 @@ class Log:
 
 def keep(sites: Sites, options: Options, notes: Log) -> Sites:
     """Leave out what the user wants left alone; patterns that match nothing are errors."""
-    every = [s.name for s in (*sites.linear, *sites.convolutions)]
+    every = [s.name for s in (*sites.linear, *sites.convolutions, *sites.attention)]
     known = [*every, *(r.site for r in sites.refusals)]
     dropped: set[str] = set()
     for pattern in options.ignore:
@@ -165,7 +165,13 @@ def keep(sites: Sites, options: Options, notes: Log) -> Sites:
         tuple(s for s in found if s.name not in dropped)
         for found in (sites.linear, sites.convolutions)
     )
-    return replace(sites, linear=linear, convolutions=convolutions)
+    attention = tuple(
+        replace(s, case=None, refusal=Refusal(s.name, "attention", "IGNORED", "ignore= names it"))
+        if s.name in dropped
+        else s
+        for s in sites.attention
+    )
+    return replace(sites, linear=linear, convolutions=convolutions, attention=attention)
 
 
 def forced(site: LinearSite, options: Options) -> tuple[bool, Any] | None:

@@ -26,6 +26,7 @@ from structc.errors import (
 )
 from structc.fitting import calibrated, filter_notes, fitted, known_structures, reached
 from structc.hardware import target
+from structc.heads import by_head_candidates
 from structc.inputs import calibration_calls, clone_call, example_of, required_example
 from structc.options import Log, Options, Progress, fingerprint, keep, resolve
 from structc.passes import trial
@@ -272,9 +273,13 @@ def _stages(
         objectives = Objectives(captured, profile, known)
         table = fitted(objectives, sites, prices, options, work, notes)
     dump("fit", table)
+    with stage("heads"):
+        sites, heads = by_head_candidates(captured, sites, parts, options, notes)
+    dump("heads", [s.head_rows for s in sites.attention])
     with stage("select"):
         lab = trial.Lab(model, captured, sites, objectives, parts, options.budget, work)
         kernels = bind_all(table, sites, notes)
+        table = {**table, **heads}
         plan = trial.select_plan(lab, table, options.progress)
     dump("select", plan)
     with stage("rewrite"):
@@ -298,7 +303,7 @@ def _stages(
             progress=options.progress,
             fast_chains=chains,
         )
-    captured, sites = lab.captured, lab.sites  # without what did not hold
+    captured, sites = lab.captured, lab.sites_of(plan)  # without what did not hold
     notes.notes += filter_notes(captured)
     copy_buffers(model, product.tree)  # counters and caches moved while it was measured
     dump("verify", verification)

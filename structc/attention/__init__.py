@@ -10,24 +10,13 @@ from structc.attention.base import AbstractMethod, Certificate, certify, merge
 from structc.attention.block_sparse import BlockSparse
 from structc.attention.conv_basis import ConvBasis
 from structc.attention.exact import exact
+from structc.attention.methods import METHODS
 from structc.attention.monarch import Monarch
 from structc.attention.nystrom import Nystrom
 from structc.attention.polynomial import Polynomial
 from structc.attention.sparse_low_rank import SparseLowRank
 from structc.attention.uniform import Uniform
 from structc.attention.window_sinks import WindowSinks
-
-METHODS: tuple[type[AbstractMethod], ...] = (
-    Uniform,
-    WindowSinks,
-    ConvBasis,
-    Polynomial,
-    Monarch,
-    BlockSparse,
-    SparseLowRank,
-    Nystrom,
-)
-"""Cheap ones first."""
 
 __all__ = [
     "METHODS",

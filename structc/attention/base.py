@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from structc.attention.exact import check_qkv, exact
+from structc.attention.stats import HeadStats
 from structc.records import Refusal
+
+WEIGHTS = 1 << 27
+"""Weights of an uncertified method that are computed to hold them against exact ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,18 @@ class AbstractMethod(abc.ABC):
         """Why it cannot be used for these lengths, or None."""
         return None
 
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[AbstractMethod, ...] | Refusal:
+        """What might compute a head with these statistics, or the number that speaks against it.
+
+        A method that is not for trained softmax attention proposes nothing by itself.
+        """
+        return Refusal("", cls.name, "ASKED_ONLY", "used where it is asked for by name alone")
+
+    def holds(self, q: Tensor, k: Tensor) -> bool:
+        """Whether an input is inside what the method's error was measured for; checked each call"""
+        return True
+
     def sigma(self, q: Tensor) -> float:
         """The factor on ``q k^T``."""
         return q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -66,6 +82,26 @@ class AbstractMethod(abc.ABC):
     def refuse(self, code: str, reason: str) -> Refusal:
         """A refusal of this method."""
         return Refusal("", self.name, code, reason)
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """A method against exact attention on some queries, head by head.
+
+    Attributes:
+        rows: queries that were looked at.
+        kl, tv: divergence and total variation ``(B, H, rows)``; NaN where weights are no
+            distribution, or too many to compute.
+        gap, size: squared norms of the error and of the output ``(B, H)``.
+        bound: mean of ``TV diam(V)`` ``(B, H)``.
+    """
+
+    rows: int
+    kl: Tensor
+    tv: Tensor
+    gap: Tensor
+    size: Tensor
+    bound: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,6 +149,23 @@ def certify(
     >>> certify(Uniform(), q, k, v + 1, is_causal=False).worst_kl < 1e-6
     True
     """
+    found = judged(method, q, k, v, is_causal=is_causal, rows=rows)
+    return Certificate(
+        found.rows,
+        float(found.kl.mean()),
+        float(found.kl.max()),
+        float(found.tv.mean()),
+        float(found.tv.max()),
+        float((found.gap.sum() / found.size.sum().clamp(min=1e-300)).sqrt()),
+        float(found.bound.mean()),
+    )
+
+
+def judged(
+    method: AbstractMethod, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, rows: int = 64
+) -> Judgement:
+    """What :func:`certify` says, of each head. Where the weights of an uncertified method would be
+    more than :data:`WEIGHTS`, only its error is known."""
     n, m = q.shape[2], k.shape[2]
     at = torch.linspace(n - 1, 0, min(rows, n)).round().long().unique()
     got, lse = method.attend(q, k, v)
@@ -126,6 +179,8 @@ def certify(
     if method.certified and lse is not None:
         kl = (true_lse - lse[:, :, at].double()).clamp(min=0)
         tv = torch.minimum((kl / 2).sqrt(), (1 - (-kl).exp()).sqrt())
+    elif q.shape[0] * q.shape[1] * n * m > WEIGHTS:
+        kl = tv = torch.full(true_lse.shape, math.nan)
     else:
         weights = method.matrix(q, k)[:, :, at].double()
         tv = (weights - true).abs().sum(-1) / 2
@@ -135,17 +190,10 @@ def certify(
             if bool((weights >= 0).all())
             else torch.full_like(tv, math.nan)
         )
-    gap = (got[:, :, at].double() - want).norm() / want.norm().clamp(min=1e-300)
+    gap = (got[:, :, at].double() - want).square().sum((2, 3))
     spread = (wide_v.amax(2) - wide_v.amin(2)).norm(dim=-1)  # at least the diameter
-    return Certificate(
-        at.numel(),
-        float(kl.mean()),
-        float(kl.max()),
-        float(tv.mean()),
-        float(tv.max()),
-        float(gap),
-        float((tv * spread[..., None]).mean()),
-    )
+    bound = (tv * spread[..., None]).mean(2)
+    return Judgement(at.numel(), kl, tv, gap, want.square().sum((2, 3)), bound)
 
 
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

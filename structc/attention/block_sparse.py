@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, check_qkv, exact
+from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
+from structc.records import Refusal
+
+DENSE = 0.5
+"""Share of the blocks from which on nothing is saved."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,16 @@ class BlockSparse(AbstractMethod):
             raise ConfigError(f"block_sparse: mass {self.mass} of blocks of {self.block_size}")
         if self.stride and (self.stride < 1 or self.block_size % self.stride):
             raise ConfigError(f"block_sparse: stride {self.stride} does not divide the block")
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[BlockSparse, ...] | Refusal:
+        """Where few blocks hold most of each row."""
+        share = stats.blocks[0.9]
+        if share > DENSE:
+            reason = f"{share:.0%} of the blocks hold 90 % of the mass"
+            return Refusal("", cls.name, "COVERAGE", reason)
+        masses = [mass for mass in (0.8, 0.9, 0.95) if stats.blocks.get(mass, share) <= DENSE]
+        return tuple(BlockSparse(m, 64, is_causal=stats.causal, stride=16) for m in masses)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output and row sums over the blocks that are kept."""

@@ -10,6 +10,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, check_qkv
+from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
 from structc.records import Refusal
 
@@ -81,6 +82,13 @@ class ConvBasis(AbstractMethod):
     def is_causal(self) -> bool:
         """Always: columns start at the diagonal."""
         return True
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[ConvBasis, ...] | Refusal:
+        """For causal heads; whether columns are shifted copies, its error tells."""
+        if not stats.causal:
+            return Refusal("", cls.name, "DIRECTION", "columns start at the diagonal: causal alone")
+        return ConvBasis(1), ConvBasis(4)
 
     def applies(self, queries: int, keys: int) -> Refusal | None:
         """Square alone: columns are counted from the diagonal."""

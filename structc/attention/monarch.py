@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv, exact, merge
+from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
+from structc.records import Refusal
 
 LEAF = 1024
 """Queries and keys that the causal form computes exactly."""
@@ -62,6 +65,16 @@ class Monarch(AbstractMethod):
             )
         if self.is_causal and self.extra:
             raise ConfigError("monarch: extra tokens stand in front of a grid, which is not causal")
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[Monarch, ...] | Refusal:
+        """Blocks of the scores' periods, and of about the square root of the length."""
+        if stats.causal and stats.length < 4 * LEAF:
+            reason = f"{stats.length} keys: its causal form is exact up to {LEAF}, pays later"
+            return Refusal("", cls.name, "SHORT", reason)
+        near = 1 << round(math.log2(max(4, stats.length)) / 2)
+        sizes = dict.fromkeys([*(p for p in stats.periods if p >= 4), near])
+        return tuple(Monarch(size, is_causal=stats.causal) for size in sizes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output, and of each row ``<p, s> + H(p)``."""

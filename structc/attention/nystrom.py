@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, check_qkv, exact
+from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
 from structc.records import Refusal
 
@@ -39,6 +40,16 @@ class Nystrom(AbstractMethod):
     def __post_init__(self) -> None:
         if self.landmarks < 1:
             raise ConfigError(f"nystrom: {self.landmarks} landmarks")
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[Nystrom, ...] | Refusal:
+        """Where rows are of low rank and all keys are seen."""
+        if stats.causal:
+            return Refusal("", cls.name, "DIRECTION", "landmarks see all keys: not causal")
+        if stats.rank > stats.rows // 2:
+            reason = f"rank {stats.rank:.0f} of {stats.rows} sampled rows"
+            return Refusal("", cls.name, "RANK", reason)
+        return (Nystrom(max(16, 2 * int(stats.rank))),)
 
     def applies(self, queries: int, keys: int) -> Refusal | None:
         """More landmarks than tokens are no approximation."""

@@ -15,12 +15,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv
+from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
+from structc.records import Refusal
 
 CHUNK = 128
 """Queries of the causal form that meet each other in full."""
 SLAB = 1 << 19
 """Numbers of features that exist at a time."""
+
+WIDE = 2.0
+"""Bound past which no polynomial of degree 2 is near the exponential."""
+SLACK = 1.25
+"""Norms of other inputs may be so much larger than those that were seen."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,6 +155,21 @@ class Polynomial(AbstractMethod):
             )
         if self.is_causal and (self.normalize or self.center):
             raise ConfigError("polynomial: a mean over all tokens looks at later ones")
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[Polynomial, ...] | Refusal:
+        """Where norms bound the scores, so that each input can be checked."""
+        if stats.norms <= WIDE:
+            return tuple(Polynomial(d, stats.norms * SLACK, stats.causal) for d in (1, 2))
+        reason = f"norms allow scores of {stats.norms:.2g} (seen: {stats.bound:.2g}), above {WIDE}"
+        return Refusal("", cls.name, "BOUND", reason)
+
+    def holds(self, q: Tensor, k: Tensor) -> bool:
+        """Whether no score can pass the bound; Fastmax layers are trained as they are."""
+        if self.taylor or self.normalize:
+            return True
+        longest = [float(t.detach().float().norm(dim=-1).max()) for t in (q, k)]
+        return abs(self.sigma(q)) * longest[0] * longest[1] <= self.bound * (1 + 1e-6)
 
     def coefficients(self) -> tuple[float, ...]:
         """Of f, the constant first."""

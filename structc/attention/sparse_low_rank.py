@@ -10,11 +10,16 @@ from torch import Tensor
 
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv
 from structc.attention.polynomial import Polynomial
+from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
+from structc.records import Refusal
 from structc.softmax import Softmax
 
 CHUNK = 128
 """Queries whose window is computed at a time."""
+
+FLAT = 3.0
+"""Half-spread of scores up to which the method is tried."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,14 @@ class SparseLowRank(AbstractMethod):
         if self.window < 1 or self.sinks < 0:
             raise ConfigError(f"sparse_low_rank: window {self.window}, {self.sinks} sinks")
         self._outside()
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[SparseLowRank, ...] | Refusal:
+        """A window for what is large, where the rest is flat."""
+        if stats.centred > FLAT:
+            reason = f"scores spread by +-{stats.centred:.2g}, above {FLAT}: no polynomial fits"
+            return Refusal("", cls.name, "BOUND", reason)
+        return (SparseLowRank(128, 4, bound=max(stats.bound, 0.1), is_causal=stats.causal),)
 
     def _outside(self) -> Polynomial:
         return Polynomial(self.degree, self.bound, self.is_causal, scale=self.scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv
+from structc.attention.stats import HeadStats
+from structc.records import Refusal
+
+FLAT = 0.5
+"""Total variation that a head's scores may allow for the method to be tried on it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,15 @@ class Uniform(AbstractMethod):
     certified: ClassVar[bool] = True
 
     is_causal: bool = False
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[Uniform, ...] | Refusal:
+        """Where rows are near constant."""
+        tv = math.tanh(stats.spread / 2)
+        if tv <= FLAT:
+            return (Uniform(is_causal=stats.causal),)
+        reason = f"scores spread by +-{stats.spread:.2g} around their middle: TV up to {tv:.2f}"
+        return Refusal("", cls.name, "SPREAD", reason)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Means, and ``mean_j s_ij + log(keys)``: the row sums of a constant row."""

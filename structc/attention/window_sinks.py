@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, check_qkv, exact
+from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
+from structc.records import Refusal
 from structc.softmax import Softmax
+
+MASSES = (0.8, 0.9, 0.95, 0.97, 0.99)
+"""Mean shares of the mass for which a window is tried."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,19 @@ class WindowSinks(AbstractMethod):
     def __post_init__(self) -> None:
         if self.window < 1 or self.sinks < 0:
             raise ConfigError(f"window_sinks: window {self.window}, {self.sinks} sinks")
+
+    @classmethod
+    def proposals(cls, stats: HeadStats) -> tuple[WindowSinks, ...] | Refusal:
+        """The cheapest windows that keep each share of the mass."""
+        found = [w for mass in MASSES if (w := stats.window(mass)) is not None]
+        if found:
+            unique = dict.fromkeys(found)
+            return tuple(WindowSinks(w, s, is_causal=stats.causal) for w, s in unique)
+        if not stats.kept:
+            return Refusal("", cls.name, "SHORT", f"{stats.length} keys are few")
+        (window, sinks), kept = max(stats.kept.items(), key=lambda item: item[1])
+        reason = f"window {window} with {sinks} sinks keeps {kept:.0%} of the mass"
+        return Refusal("", cls.name, "MASS", reason)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output and row sums over the keys that are kept."""
