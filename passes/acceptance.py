@@ -14,8 +14,8 @@ from structc.passes import verify as V
 from structc.passes.chains import Chain, find_chains
 from structc.passes.race import Raced, lost_to, race, set_way, slower
 from structc.passes.rewrite import Product
-from structc.passes.rollback import dense_plan, milder, share_kept
-from structc.passes.select import Table, dense_of
+from structc.passes.rollback import chosen_of, dense_plan, milder, share_kept
+from structc.passes.select import Table, dense_of, plan_of
 from structc.passes.trial import Lab
 from structc.records import Plan, Timed, Verification
 
@@ -253,6 +253,19 @@ def _raced(
         note = f"{count} chains of layers run as one kernel each, residuals and norms included"
         raced = replace(raced, notes=(*raced.notes, note))
     return raced
+
+
+def _unattended(lab: Lab, table: Table, settled: Settled) -> Settled:
+    """The same product, said to compute attention as it was: only graphs know another way."""
+    lab.forget_attention("the model runs fastest without graphs, where attention is the user's")
+    attended = {s.name for s in lab.sites.attention}
+    now = [
+        dense_of(table[site]) if site in attended else chosen_of(settled.plan, table, site)
+        for site in settled.plan.choices
+    ]
+    plan = plan_of(now, table, settled.plan.sensitivities, settled.plan.notes)
+    product = replace(settled.product, by_head=frozenset())
+    return replace(settled, product=product, plan=replace(plan, points=settled.plan.points))
 
 
 def _given_up(

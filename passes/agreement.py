@@ -19,10 +19,14 @@ from structc.records import Call, Region
 
 log = logging.getLogger("structc.agreement")
 
+SMALL = 384
+"""Sizes above it are halved where a graph is held against its module once more."""
+
 
 def checked(module: nn.Module, region: Region, traced: Call) -> tuple[Region | None, str]:
     """Run graph and module at the traced sizes, at smaller ones, with each symbol a little off,
-    and with each at 1."""
+    and with each at 1. All but the first are near sizes that are halved until they are small: what
+    a graph has wrongly fixed shows at any other size, and a long input is slow."""
     symbols = dict(region.guards.ranges)
     leaves, spec = pytree.tree_flatten((traced.args, traced.kwargs))
     sizes = {n: _inside(s, symbols[n]) for n, s in sizes_of(region.guards, leaves).items()}
@@ -34,14 +38,15 @@ def checked(module: nn.Module, region: Region, traced: Call) -> tuple[Region | N
 
     if not agrees(sizes):
         return None, "the exported graph does not reproduce the module's output"
-    if any(agrees(wanted) is False for wanted in _further(sizes, symbols)):
+    small = {n: _small(s, symbols[n]) for n, s in sizes.items()}
+    if any(agrees(wanted) is False for wanted in _further(small, symbols)):
         return _with_ranges(region, {name: (size, size) for name, size in sizes.items()}), ""
     for name, (low, high) in region.guards.ranges.items():
         if low < high:
-            one = agrees({**sizes, name: 1}) if low <= 2 else False
+            one = agrees({**small, name: 1}) if low <= 2 else False
             symbols[name] = (1 if one else max(low, 2), high)
     ones = {name: 1 for name, (low, _) in symbols.items() if low == 1}
-    if len(ones) > 1 and not agrees({**sizes, **ones}):
+    if len(ones) > 1 and not agrees({**small, **ones}):
         symbols |= {name: (2, symbols[name][1]) for name in ones if symbols[name][1] > 1}
     return _with_ranges(region, symbols), ""
 
@@ -62,6 +67,12 @@ def _further(
         if wanted not in tried:
             tried.append(wanted)
             yield wanted
+
+
+def _small(size: int, bounds: tuple[int, int]) -> int:
+    while size > SMALL and size // 2 >= bounds[0]:
+        size //= 2
+    return size
 
 
 def _inside(size: int, bounds: tuple[int, int]) -> int:

@@ -26,7 +26,7 @@ from structc.softmax import Softmax
 
 SHORTEST = 256
 """Keys below which no approximation is faster than exact attention."""
-CALLS, ITEMS = 6, 2
+CALLS, ITEMS = 4, 2
 """Calls, and items of each, that heads are looked at on."""
 ROWS = 128
 """Queries of each input on which a method's output is held against the exact one."""
@@ -277,9 +277,10 @@ def _twice(call: Call) -> tuple[Call, int] | None:
         tokens = isinstance(leaf, Tensor) and leaf.dtype == torch.long and leaf.dim() == 2
         if not tokens or leaf.shape[1] < SHORTEST or len(values := leaf.unique()) < 32:
             continue
-        half = leaf.shape[1] // 2
+        half = min(leaf.shape[1] // 2, len(values))  # each once: two of one share the mass
         generator = torch.Generator().manual_seed(0)
-        drawn = values[torch.randint(len(values), (leaf.shape[0], half), generator=generator)]
+        orders = [torch.randperm(len(values), generator=generator) for _ in leaf]
+        drawn = values[torch.stack(orders)[:, :half]]
         again = torch.cat([drawn, drawn, leaf[:, 2 * half :]], 1)
         args, kwargs = pytree.tree_unflatten([*leaves[:at], again, *leaves[at + 1 :]], spec)
         return Call(args, kwargs), half

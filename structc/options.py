@@ -145,7 +145,8 @@ class Log:
 
 def keep(sites: Sites, options: Options, notes: Log) -> Sites:
     """Leave out what the user wants left alone; patterns that match nothing are errors."""
-    every = [s.name for s in (*sites.linear, *sites.convolutions, *sites.attention)]
+    every = [s.name for s in (*sites.linear, *sites.convolutions)]
+    every += [s.name for s in sites.attention]
     known = [*every, *(r.site for r in sites.refusals)]
     dropped: set[str] = set()
     for pattern in options.ignore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from structc.artifact.files import (
     dtype_name,
     sha256,
 )
-from structc.attention_records import AttentionSite
+from structc.attention.by_head import groups_of
+from structc.attention_records import PER_HEAD, AttentionSite
 from structc.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, InternalError
 from structc.families import BY_NAME
 from structc.forms import Tile
@@ -152,8 +154,11 @@ def sites_from(manifest: Mapping[str, Any], where: Path) -> tuple[Sites, Plan]:
         sites = tuple(_site_from(d) for d in manifest["sites"])
         attention = tuple(_attention_from(d) for d in manifest.get("attention", []))
         choices = {}
+        attended = {s.name for s in attention}
         for name, choice in manifest["choices"].items():
-            if choice["family"] not in BY_NAME:
+            if choice["family"] not in BY_NAME and (name, choice["family"]) not in {
+                (a, PER_HEAD) for a in attended
+            }:
                 raise ValueError(f"unknown family {choice['family']!r}")
             items = choice["hyper"].items()
             hyper = {str(k): v if isinstance(v, str) else _natural(v) for k, v in items}
@@ -204,11 +209,13 @@ def _site_from(data: Mapping[str, Any]) -> LinearSite:
 def _attention_from(data: Mapping[str, Any]) -> AttentionSite:
     """Where it is and what computes it; the rest is read from the graph."""
     region, node = map(str, data["node"])
-    if data["kernel"] not in ("structc", "torch"):
+    if data["kernel"] not in ("", "structc", "torch"):
         raise ValueError(f"unknown attention kernel {data['kernel']!r}")
-    return AttentionSite(
-        str(data["name"]), NodeRef(region, node), "", "", None, 0, 0, 0, 0, kernel=data["kernel"]
-    )
+    site = AttentionSite(str(data["name"]), NodeRef(region, node), "", "", None, 0, 0, 0, 0)
+    groups = str(data.get("by_head", ""))
+    if groups:
+        groups_of(groups)  # an InternalError if it is none
+    return replace(site, kernel=data["kernel"], by_head=groups)
 
 
 def _window_from(data: Mapping[str, Any]) -> Window:

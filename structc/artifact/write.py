@@ -162,7 +162,7 @@ def _manifest(model: nn.Module, handle: Handle, state: Mapping[str, Tensor]) -> 
         "kernels": list(handle.kernels),
         "chains": sorted(handle.chains),
         "filters": sorted(handle.filters),
-        "attention": [_attention_data(s) for s in handle.sites.attention if s.kernel],
+        "attention": [_attention_data(s) for s in handle.sites.attention if s.kernel or s.by_head],
     }
 
 
@@ -172,6 +172,7 @@ def _attention_data(site: AttentionSite) -> dict[str, Any]:
         "name": site.name,
         "node": [site.node.region, site.node.node],
         "kernel": site.kernel,
+        "by_head": site.by_head,
     }
 
 

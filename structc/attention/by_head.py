@@ -122,12 +122,12 @@ def by_head(
     live: list[HeadGroup] = []
     if n == m and n and (keys is None or bool(keys.all())):
         live = [g for g in groups_of(groups) if g.least <= n <= g.most]
-        live = [g for g in live if g.method.holds(*_heads(q, k, v, g.heads)[:2])]
+    count = q.shape[1]
+    if any(g.heads[-1] >= count for g in live):
+        raise RuntimeError(f"structc::{_NAME}: {groups!r} names heads past {count}")
+    live = [g for g in live if g.method.holds(*_heads(q, k, v, g.heads)[:2])]
     if not live:
         return attention(q, k, v, form, Extras(keys=keys))[0]
-    count = q.shape[1]
-    if max(g.heads[-1] for g in live) >= count:
-        raise RuntimeError(f"structc::{_NAME}: {groups!r} names heads past {count}")
     o = q.new_empty(q.shape[0], n, count, v.shape[-1]).transpose(1, 2)
     exact = set(range(count))
     for group in live:

@@ -129,9 +129,10 @@ def _blocks(weights: Tensor, count: Tensor, mass: float) -> float:
 
 
 def _rank(weights: Tensor) -> int:
-    values = torch.linalg.svdvals(weights)
-    left = (values**2).flip(0).cumsum(0).flip(0).sqrt()
-    return int((left > ENERGY * left[0]).sum())
+    wide = weights.double()
+    squares = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0)  # ascending
+    left = squares.cumsum(0).sqrt()
+    return int((left > ENERGY * left[-1]).sum())
 
 
 def _periods(scores: Tensor, at: Tensor, seen: Tensor, most: int = 2) -> tuple[int, ...]:

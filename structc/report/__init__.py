@@ -23,6 +23,7 @@ from structc.files import write_atomic
 from structc.report import data as collect
 from structc.report import schema as schema
 from structc.report import whole
+from structc.report.attention import attention_data
 from structc.report.words import headline
 
 if TYPE_CHECKING:
@@ -171,7 +172,10 @@ def build_report(
         **_outcome(rows, verification, collect.plain(dict(options))),
         "time_elsewhere": elsewhere,
         "sites": rows,
-        "attention": [collect.attention_data(s) for s in sites.attention],
+        "attention": [
+            attention_data(s, candidates.get(s.name, ()), plan, verification)
+            for s in sites.attention
+        ],
         "refusals": [collect.refusal_data(r) for r in every],
         "plan": whole.plan_data(plan),
         "calibration": whole.profile_data(profile),

@@ -13,7 +13,6 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from structc.attention_records import AttentionSite
     from structc.records import Candidate, LinearSite, Plan, Refusal, Sites, Verification
 
 Json = dict[str, Any]
@@ -68,27 +67,6 @@ def refusal_data(refusal: Refusal) -> Json:
     }
 
 
-def attention_data(site: AttentionSite) -> Json:
-    """An attention site as plain data."""
-    price = site.price
-    return {
-        "name": site.name,
-        "spelling": site.spelling,
-        "mask_kind": site.mask_kind,
-        "scale": finite(site.scale),
-        "heads": site.heads,
-        "kv_heads": site.kv_heads,
-        "head_dim": site.head_dim,
-        "length": site.length,
-        "proven": site.proven,
-        "kernel": site.kernel,
-        "dense_ms": None if price is None else finite(price.baseline_ms),
-        "chosen_ms": None if price is None else finite(price.latency_ms),
-        "baseline": "" if price is None else price.baseline,
-        "why": "" if site.refusal is None else f"{site.refusal.code}: {site.refusal.reason}",
-    }
-
-
 def candidate_data(candidate: Candidate, dense_params: int) -> Json:
     """A candidate with its price as plain data."""
     price = candidate.price
@@ -126,12 +104,8 @@ def site_data(
     before = verification.rolled_back.get(site.name) if verification else None
     dense_params = site.in_features * site.out_features
     rows = [candidate_data(c, dense_params) for c in candidates]
-    planned = plan.choices.get(site.name) if plan else None
-    choice = None
-    if plan is not None:
-        choice = {"family": "dense", "hyper": {}} if planned is None else plain(planned)
-    chosen = _index(rows, choice)
-    _explain(rows, chosen, choice, plain(before))
+    choice = choice_data(site.name, plan)
+    chosen = explained(rows, choice, plain(before))
     return {
         "name": site.name,
         "in_features": site.in_features,
@@ -152,6 +126,14 @@ def site_data(
         "candidates": rows,
         "refusals": [refusal_data(r) for r in refusals],
     }
+
+
+def choice_data(name: str, plan: Plan | None) -> Json | None:
+    """What a plan decides about a site; dense where it does not speak of it."""
+    if plan is None:
+        return None
+    planned = plan.choices.get(name)
+    return {"family": "dense", "hyper": {}} if planned is None else plain(planned)
 
 
 def _index(rows: Sequence[Json], choice: Json | None) -> int | None:
@@ -214,10 +196,9 @@ def _outcome(
     }
 
 
-def _explain(
-    rows: list[Json], chosen: int | None, choice: Json | None, before: Json | None
-) -> None:
-    """Give each candidate its status and, in a few words, why."""
+def explained(rows: list[Json], choice: Json | None, before: Json | None) -> int | None:
+    """Give each candidate its status and, in a few words, why; and which one was chosen."""
+    chosen = _index(rows, choice)
     best = rows[chosen] if chosen is not None else None
     back = _index(rows, before)
     for i, row in enumerate(rows):
@@ -225,6 +206,7 @@ def _explain(
         row["why"] = _why(row, best, choice) if row["status"] == "not_chosen" else ""
         if row["status"] == "rolled_back":
             row["why"] = "chosen first, rolled back when the whole model was verified"
+    return chosen
 
 
 def _why(row: Json, best: Json | None, choice: Json | None) -> str:
@@ -270,6 +252,8 @@ def sites_data(
 
 def tier(rows: Sequence[Json], sites: Sites) -> str:
     """``exact`` if every rewrite is within rounding of the dense layer, else ``approximate``."""
+    if any(s.by_head for s in sites.attention):
+        return "approximate"
     from structc.numerics import tolerance  # torch; a report read from disk does without
 
     dtypes = {s.name: s.dtype for s in sites.linear}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from structc.report.attention import attention_words
 from structc.report.words import clean, error, form, ms, number, percent, times
 
 Json = dict[str, Any]
@@ -15,6 +16,7 @@ MOST = 6
 def explanations(data: Json) -> dict[str, str]:
     """For every site of a report its paragraph, and for what was refused as a whole its reasons."""
     found = {str(site["name"]): "\n".join(_lines(clean(site))) for site in data["sites"]}
+    found |= {str(op["name"]): attention_words(clean(op)) for op in data["attention"]}
     others: dict[str, list[str]] = {}
     for refusal in data["refusals"]:
         refusal = clean(refusal)

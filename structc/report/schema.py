@@ -58,11 +58,23 @@ _SITE = {
     "candidates": [_CANDIDATE],
     "refusals": [_REFUSAL],
 }
+_TRIAL = {"method": TEXT, **dict.fromkeys(("error", "kl", "tv", "bound", "speedup"), MAYBE)}
+_HEAD = {
+    **dict.fromkeys(("head", "least", "most"), WHOLE),
+    "method": TEXT,
+    "numbers": {"*": MAYBE},
+    "tried": [_TRIAL],
+    "refused": [_REFUSAL],
+}
 _ATTENTION = {
     **dict.fromkeys(("name", "spelling", "mask_kind", "proven", "kernel", "baseline"), TEXT),
     **dict.fromkeys(("dense_ms", "chosen_ms"), MAYBE),
     "why": TEXT,
-    **dict.fromkeys(("heads", "kv_heads", "head_dim", "length"), WHOLE),
+    **dict.fromkeys(("error", "sensitivity"), MAYBE),
+    "rolled_back": FLAG,
+    "candidates": [_CANDIDATE],
+    "head_rows": [_HEAD],
+    **dict.fromkeys(("by_method", "heads", "kv_heads", "head_dim", "length"), WHOLE),
     "scale": MAYBE,
 }
 _LATENCY = {

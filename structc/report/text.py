@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from structc.report import attention as attention
 from structc.report import view as view
 from structc.report.words import NONE, clean, count, ms, number, percent, times
 
@@ -227,23 +228,27 @@ def _choices(group: view.Group) -> str:
 def _attention(data: Json, width: int) -> Iterator[Text | Table]:
     if not data["attention"]:
         return
-    yield _title("Attention", view.attention_note(data))
+    yield _title("Attention", attention.attention_note(data))
     rows = [
         [
             row["name"],
             row["spelling"].replace("_", " "),
             (row["proven"] or row["mask_kind"]).replace("_", " "),
-            view.heads(row),
+            attention.heads(row),
             *(str(row[k]) for k in ("head_dim", "length", "ops")),
-            view.attention_kernel(row),
+            attention.attention_kernel(row),
         ]
-        for row in view.attention_groups(data)[:_MOST_GROUPS]
+        for row in attention.attention_groups(data)[:_MOST_GROUPS]
     ]
     columns = (
         *("layer", "spelling", "mask", "heads", "head dim", "length", "ops"),
         "computed by",
     )
     yield _table(columns, rows, width, "heads|head dim|length|ops")
+    legend = attention.head_legend(data)
+    if any(css != "f-dense" for css, _, _ in legend):
+        text = ", ".join(f"{n} {name}" for _, name, n in legend)
+        yield Text(f"Heads: {text}", style="dim")
 
 
 def _refusals(data: Json, width: int) -> Iterator[Text | Table]:

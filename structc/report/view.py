@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from structc.report.attention import attention_note
 from structc.report.words import (
     NONE,
     count,
@@ -277,6 +278,9 @@ def tiles(data: Json) -> list[tuple[str, str, str]]:
             ("attention ops", str(len(data["attention"])), attention_note(data)),
         ]
     found = [("layers rewritten", str(s["rewritten"]), of)]
+    if by_method := sum(op["by_method"] for op in data["attention"]):
+        every = sum(op["heads"] for op in data["attention"])
+        found.append(("heads by methods", str(by_method), f"of {every} in attention"))
     if s["params_kept"] is not None:
         found.append(("parameters kept", percent(s["params_kept"]), "in linear layers"))
     if s["speedup"] is not None:
@@ -340,39 +344,3 @@ def all_notes(data: Json) -> list[str]:
     parts = [data["calibration"], data["plan"], data["verification"]]
     found = [note for part in parts if part for note in part["notes"]]
     return list(dict.fromkeys([*found, *data["notes"]]))
-
-
-def attention_groups(data: Json) -> list[Json]:
-    """Attention ops that differ in their block's number only, with how many there are."""
-    keys = ("spelling", "mask_kind", "proven", "scale", "heads", "kv_heads", "head_dim", "length")
-    found: dict[tuple[Any, ...], list[Json]] = {}
-    for op in data["attention"]:
-        code = op["why"].partition(":")[0]
-        key = (shape_of_name(op["name"]), *(op[k] for k in keys), op["kernel"], code)
-        found.setdefault(key, []).append(op)
-    return [
-        {**ops[0], "name": layer_pattern(o["name"] for o in ops), "ops": len(ops)}
-        for ops in found.values()
-    ]
-
-
-def attention_note(data: Json) -> str:
-    """How many attention ops are computed another way."""
-    done = sum(bool(op["kernel"]) for op in data["attention"])
-    return f"{done} by a faster kernel" if done else "as they are"
-
-
-def attention_kernel(op: Json) -> str:
-    """What computes an attention, and how much faster that is; or why nothing else does."""
-    ours, dense = op["chosen_ms"], op["dense_ms"]
-    if not op["kernel"]:
-        why = op["why"].partition(":")[0].lower().replace("_", " ")
-        return f"as it is ({why})" if why else "as it is"
-    name = "PyTorch, no mask" if op["kernel"] == "torch" else str(op["kernel"])
-    return f"{name}, {dense / ours:.2f}x" if ours and dense else name
-
-
-def heads(op: Json) -> str:
-    """Query heads, and key/value heads where they are fewer."""
-    same = op["heads"] == op["kv_heads"]
-    return str(op["heads"]) if same else f"{op['heads']} / {op['kv_heads']} kv"

@@ -184,6 +184,8 @@ def headline(data: Json) -> str:
     if ran and summary["speedup"] is not None:
         ways = ["graphs compiled by Inductor"] if v["runner"] == "inductor" else []
         ways += ["other kernels for attention"] if attended else []
+        heads = sum(op["by_method"] for op in data["attention"])
+        ways += [f"{count(heads, 'head')} by methods of their own"] if heads else []
         how = " and ".join(ways or ["other dense kernels"])
         now = f"With {how} it {_lower(_speed(data))} and {_quality(data)}"
         return f"Every weight is as it was, because {why}. {now}.{broken}"
