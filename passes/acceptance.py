@@ -101,6 +101,8 @@ def verify_product(
     notes += raced.notes
     way, latency = raced.way, raced.latency
     settled = replace(settled, product=raced.product)
+    if way == "modules":
+        settled = _unattended(lab, table, settled)
     attended = lab.rewrites_attention or settled.product.by_head
     changed = settled.product.replaced or lab.captured.filters or attended
     rewritten = bool(changed) or way != "modules"

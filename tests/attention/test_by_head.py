@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from structc.attention import METHODS, Monarch, Polynomial, Uniform, WindowSinks, exact
 from structc.attention.by_head import HeadGroup, by_head, groups_of, method_of, method_text, text_of
 from structc.errors import InternalError

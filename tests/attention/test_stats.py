@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from structc.attention import BlockSparse, Uniform, WindowSinks
 from structc.attention.stats import HeadStats, StatsSum, recall_scores
 from structc.records import Refusal
