@@ -21,7 +21,7 @@ from structc.passes.attention_parts import (
     transposed,
     ungrouped,
 )
-from structc.passes.masks import HIDES
+from structc.passes.predicates import HIDES
 from structc.records import Refusal
 
 aten = torch.ops.aten
