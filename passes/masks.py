@@ -99,7 +99,7 @@ def _settled(value: Value, dtype: torch.dtype | None, shape: tuple[Any, ...] | N
             return None
         return without_units(value, shape)
     if is_seen(value):
-        seen = seen_without_units(value, shape)  # type: ignore[arg-type]
+        seen = seen_without_units(value, shape)
         return seen if dtype in (None, torch.bool) else Number(seen)
     if isinstance(value, Number):
         return Number(seen_without_units(value.seen, shape))
@@ -115,7 +115,7 @@ def seen_by(node: Node, read: Reading | None = None) -> tuple[Seen, float] | Non
     """
     value = (read or Reading(node.graph))(node)
     if is_seen(value):
-        return value, float("-inf")  # type: ignore[return-value]
+        return value, float("-inf")
     return (value.seen, value.value) if isinstance(value, Added) else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -257,7 +257,7 @@ def seen_of(value: Value) -> Seen | None:
     return None
 
 
-def is_seen(value: Value) -> bool:
+def is_seen(value: Value) -> TypeGuard[Seen]:
     """Whether it is a statement on indices."""
     return isinstance(value, (AtMost, All, Some, Given, Same))
 

@@ -6,6 +6,9 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+_ITSELF = (torch.ops.aten.dropout.default, torch.ops.aten._unsafe_view.default)
+"""What may give its input back, whatever the schema says."""
+
 
 def written_to(graph: Graph) -> set[Node]:
     """The nodes whose storage some operator of a graph writes to.
@@ -43,6 +46,9 @@ def _alone(node: Node) -> bool:
 def storage_of(node: Node) -> Node:
     """Where a view, or a write in place, goes back to."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        if node.target in _ITSELF:
+            node = node.args[0]
+            continue
         schema = getattr(node.target, "_schema", None)
         returns = schema.returns if schema is not None else ()
         if not returns or returns[0].alias_info is None:

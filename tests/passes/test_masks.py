@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from zoo import ZOO, bert, floats, ids, padded
 
 from structc.inputs import to_call
-from structc.passes.attention_parts import SDPA, SOFTMAX
 from structc.passes.capture import capture
 from structc.passes.masks import seen_by
 from structc.passes.rewrite_attention import Planned, planned
@@ -50,12 +49,7 @@ def plan_of(model: nn.Module, inputs: Any) -> Planned | Refusal:
     """What is to become of the only attention of a model."""
     captured = capture(model.eval(), to_call(inputs))
     graph = (captured.analysis or captured.regions[0]).graph.graph
-    found = [
-        p
-        for n in graph.nodes
-        if n.op == "call_function" and (n.target is SDPA or n.target in SOFTMAX)
-        if (p := planned(n)) is not None
-    ]
+    found = [p for n in graph.nodes if n.op == "call_function" if (p := planned(n)) is not None]
     assert found
     return found[0]
 
