@@ -118,11 +118,12 @@ def _slice(node: Any, read: Reader) -> Value:
     given: list[Any] = [0, 0, None, 1]
     given[: len(node.args) - 1] = node.args[1:]
     dim, start, _, step = given
+    start = 0 if start is None else start
     if shape is None or not isinstance(dim, int) or step != 1:
         return None
-    if start in (0, None) and [*map(str, shape)] == [*map(str, shape_of(node) or ())]:
+    if start == 0 and [*map(str, shape)] == [*map(str, shape_of(node) or ())]:
         return value
-    if start is None or not isinstance(start, int) or start < 0:
+    if not isinstance(start, int) or start < 0:
         return None
     return shifted(value, dim if dim < 0 else dim - len(shape), start)
 

@@ -47,7 +47,7 @@ def storage_of(node: Node) -> Node:
     """Where a view, or a write in place, goes back to."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         if node.target in _ITSELF:
-            node = node.args[0]
+            (node, *_) = node.all_input_nodes
             continue
         schema = getattr(node.target, "_schema", None)
         returns = schema.returns if schema is not None else ()
