@@ -46,12 +46,10 @@ def _alone(node: Node) -> bool:
 def storage_of(node: Node) -> Node:
     """Where a view, or a write in place, goes back to."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        if node.target in _ITSELF:
-            (node, *_) = node.all_input_nodes
-            continue
         schema = getattr(node.target, "_schema", None)
         returns = schema.returns if schema is not None else ()
-        if not returns or returns[0].alias_info is None:
+        views = any(r.alias_info is not None for r in returns[:1])
+        if not views and node.target not in _ITSELF:
             break
         node = node.args[0]
     return node
