@@ -22,7 +22,7 @@ from structc.passes.capture import capture
 from structc.passes.detect import detect
 from structc.passes.rewrite import rewrite
 from structc.passes.rewrite_attention import OPERATOR, Planned, planned, replace_attention
-from structc.records import Refusal, Timed
+from structc.records import Price, Refusal, Timed
 
 H, D = 4, 6
 
@@ -418,14 +418,27 @@ def always_faster(*args: Any, **kwargs: Any) -> dict[str, Timed]:
     return {n: Timed(1.0 if n == "structc" else 2.0, 1.0, 0.0, 3) for n in calls}
 
 
-def test_a_saved_product_has_its_attention(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("f", [with_bias, bias_a_head_in_three, documents, capped])
+def test_every_case_is_held_against_the_reference(
+    f: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("structc.codegen.attention_price.interleaved", always_faster)
-    model, x = Spelled(scaled_first).eval(), floats(2, 9, H * D)
+    sites = detect(capture(Spelled(f).eval(), to_call(floats(2, 9, H * D)))).attention
+    (case,) = (a.case for a in sites if a.case)
+    assert isinstance(attention_price.price([case], effort="quick")[case], Price)
+
+
+@pytest.mark.parametrize("f", [scaled_first, with_bias])
+def test_a_saved_product_has_its_attention(
+    f: Callable[..., Tensor], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("structc.codegen.attention_price.interleaved", always_faster)
+    model, x = Spelled(f).eval(), floats(2, 9, H * D)
     cases = [a.case for a in detect(capture(model, to_call(x))).attention if a.case]
     attention_price.price(cases, effort="quick")  # known from then on
     fast = structc.compile(model, x, effort="recorded")
     fast.save(tmp_path / "out")
-    again = structc.load(tmp_path / "out", Spelled(scaled_first))
+    again = structc.load(tmp_path / "out", Spelled(f))
     (site,) = again.structc.sites.attention
     assert site.kernel == "structc"
     with torch.no_grad():
