@@ -65,17 +65,8 @@ def weights_of(node: Any) -> Weights | Refusal | None:
     if dim not in (-1, rank - 1):
         reason = "its softmax is not over the last dimension of its scores"
         return refuse("SPELLING", reason) if attends else None
-    if node.target in DIV and attends:
-        e, total = node.args
-        shift = found.scores
-        plain = total.target is aten.sum.dim_IntList and total.args[0] is e
-        if not plain or not (*total.args, False)[2] or total.kwargs.get("dtype"):
-            return refuse(
-                "SPELLING", "its exponentials are divided by something else than their sum"
-            )
-        if shift.target is not aten.sub.Tensor or not is_row_maximum(shift.args[1], shift.args[0]):
-            reason = "exponentials of scores as they are overflow there, and would not here"
-            return refuse("SPELLING", reason)
+    if node.target in DIV and (reason := _by_hand(node, found.scores)):
+        return refuse("SPELLING", reason) if attends else None
     inner = [n for n in found.nodes if n is not found.node]
     if any(user not in found.nodes for n in inner for user in n.users):
         return refuse("READ", "the attention matrix itself is read") if attends else None
@@ -98,6 +89,16 @@ def _spelled(node: Any) -> Weights | None:
     return None
 
 
+def _by_hand(node: Any, shifted: Any) -> str:
+    """Why exponentials divided by something are no softmax that is safe to replace; else empty."""
+    e, total = node.args
+    plain = total.target is aten.sum.dim_IntList and total.args[0] is e
+    if not plain or not (*total.args, False)[2] or total.kwargs.get("dtype"):
+        return "its exponentials are divided by something else than their sum"
+    by_maximum = shifted.target is aten.sub.Tensor and is_row_maximum(*shifted.args[1::-1])
+    return "" if by_maximum else "exponentials of scores as they are overflow there, and not here"
+
+
 def _dim(found: Weights) -> Any:
     """The dimension that weights sum to 1 along; the last one if none is said."""
     first = found.nodes[0]
@@ -116,7 +117,8 @@ def _product_below(node: Any) -> bool:
         users = [u for n in level for u in n.users if u.op == "call_function"]
         if any(u.target in PRODUCTS for u in users):
             return True
-        level = [u for u in users if sorted(map(str, shape_of(u)[-2:])) == sizes]
+        alike = [u for u in users if sorted(map(str, shape_of(u)[-2:])) == sizes]
+        level = alike + [u for u in users if u.target is aten.slice.Tensor]
     return False
 
 

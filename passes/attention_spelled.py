@@ -182,7 +182,9 @@ def _weak(walk: _Walk) -> Refusal | None:
     Scores that are capped are at least ``-cap``; what is lower by 800 has a weight of exactly 0 in
     every dtype. Nothing else bounds scores.
     """
-    capped = walk.softcap and not (walk.shown or walk.flat)
+    biases = [*walk.flat, *(mask.node for mask in walk.shown)]
+    shifted = any(bias.meta["val"].dtype != torch.bool for bias in biases)
+    capped = walk.softcap and not shifted
     if walk.floor <= HIDES or (capped and walk.floor <= -abs(walk.softcap) - _GONE):
         return None
     reason = f"hidden scores become {walk.floor:g}, and nothing keeps the others above that"

@@ -152,6 +152,11 @@ def capped_and_filled(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return scores.masked_fill(~lower(q), -1e9).softmax(-1) @ v
 
 
+def capped_and_chosen(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = torch.tanh(q @ k.mT * 0.4 / 5.0) * 5.0
+    return torch.where(lower(q), scores, -1e4).softmax(-1) @ v
+
+
 def documents(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     numbers = (q[:, 0, :, 0] > 0).long().cumsum(-1)
     same = numbers[:, None, :, None] == numbers[:, None, None, :]
@@ -176,6 +181,7 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "exp over its sum": (by_exponentials, H, "causal"),
     "rows without keys set to 0": (dead_rows_zeroed, H, "up to -1"),
     "softcap, then -1e9": (capped_and_filled, H, "causal"),
+    "softcap, else -1e4": (capped_and_chosen, H, "causal"),
     "documents": (documents, H, "causal, documents"),
 }
 
@@ -281,6 +287,13 @@ def one_more(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return (e / (1 + e.sum(-1, keepdim=True))) @ v
 
 
+def one_more_beside_a_sink(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.mT
+    extra = bias.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    e = torch.exp(torch.cat([scores, extra], -1))
+    return (e / (1 + e.sum(-1, keepdim=True)))[..., :-1] @ v
+
+
 def sharpened(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).square() @ v
 
@@ -351,7 +364,8 @@ def test_grouped_keys_turned_in_other_ways(turned: str) -> None:
      (read_too, "READ"), (weakly_hidden, "MASK"), (dead_rows, "DEAD_ROWS"),
      (scaled_by_a_tensor, "SCALE"), (filled_with_a_number, "MASK"), (capped_and_shifted, "MASK"),
      (zeroed_after_a_finite_fill, "DEAD_ROWS"), (over_queries, "SPELLING"),
-     (raw_exponentials, "SPELLING"), (one_more, "SPELLING"), (sharpened, "SPELLING"),
+     (raw_exponentials, "SPELLING"), (one_more, "SPELLING"),
+     (one_more_beside_a_sink, "SPELLING"), (sharpened, "SPELLING"),
      (other_documents, "DEAD_ROWS")],
 )  # fmt: skip
 def test_what_is_left_alone(f: Callable[..., Tensor], code: str) -> None:
