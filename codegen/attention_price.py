@@ -69,7 +69,7 @@ def tuning_key(case: AttentionCase) -> Key:
     """What the measurements of a case are stored under."""
     sizes = (case.batch, case.heads, case.kv_heads, case.queries, case.keys)
     words = [case.form, *map(str, sizes), str(case.head_dim), str(case.value_dim)]
-    flags = (
+    flags: tuple[object, ...] = (
         case.mask,
         case.mask_shape,
         case.padded,
@@ -78,6 +78,7 @@ def tuning_key(case: AttentionCase) -> Key:
         case.repeated,
         case.fused,
     )
+    flags += (f"lags {case.lags}",) if case.lags else ()
     form = f"attention {' '.join(words)} {' '.join(map(str, flags))} {case.torch_causal}"
     return autotune.key_here(form, case.batch * case.queries, case.dtype)
 
@@ -158,6 +159,7 @@ def _sample(
         bias = lower.expand(shape) if shape[-2:] == (n, m) else torch.ones(shape).bool()
         bias = bias if case.mask == "bool" else torch.zeros(shape).masked_fill(~bias, -1e38)
         bias = bias if case.mask == "bool" else bias.to(case.dtype)
+    lags = noise(case.lags, n + m - 1) if case.lags else None
     keys = None
     if case.padded:  # every second sequence is half as long
         ends = torch.tensor([m if at % 2 == 0 else -(-m // 2) for at in range(b)])
@@ -168,7 +170,10 @@ def _sample(
     if case.masked and keys is not None:
         full = keys[:, None, None] if full is None else full & keys[:, None, None]
         full = full.expand(b, 1, n, m)
-    return (q, k, v), Extras(bias=bias, keys=keys, sink=sink), full
+    if lags is not None:  # the graph's is one value a pair
+        each = lags[:, torch.arange(n)[:, None] - torch.arange(m) + m - 1][None]
+        full = each if full is None else each.masked_fill(~full, -1e38)
+    return (q, k, v), Extras(bias=bias, lags=lags, keys=keys, sink=sink), full
 
 
 def _graph(
@@ -219,10 +224,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> Re
     """The last queries of the first two sequences, one of them padded, in float64."""
     first, some = max(0, q.shape[2] - CHECKED), slice(2)
     got, _ = attend.attention(q, k, v, form, extras)
-    bias, _, keys, _, sink = extras
+    bias, lags, keys, _, sink = extras
     if bias is not None:
         bias = bias[some] if bias.shape[2] == 1 else bias[some, :, first:]
-    few = Extras(bias=bias, keys=None if keys is None else keys[some], sink=sink)
+    keys = None if keys is None else keys[some]
+    few = Extras(bias=bias, lags=None if lags is None else lags[:, first:], keys=keys, sink=sink)
     rule = replace(form, offset=form.offset + first)
     wide = (q[some, :, first:].double(), k[some].double(), v[some].double())
     want, _ = softmax_reference(*wide, rule, few)

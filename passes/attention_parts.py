@@ -41,6 +41,14 @@ class Operand:
     def then(self, op: Any, *args: Any) -> Operand:
         return Operand(self.node, (*self.steps, (op, args)))
 
+    def sizes(self) -> tuple[int, ...]:
+        """At the example, behind its steps."""
+        sizes = [int(getattr(getattr(s, "node", None), "hint", s)) for s in shape_of(self.node)]
+        empty = torch.empty(sizes, device="meta")
+        for op, args in self.steps:
+            empty = op(empty, *args)
+        return tuple(empty.shape)
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -56,6 +64,8 @@ class Parts:
         sink: ``(H,)``: a score in each row that meets no value.
         is_causal: whether PyTorch's flag says so.
         repeated: whether the graph repeats heads of keys for their groups.
+        floor: what hidden scores become, at most.
+        zeroed: whether the graph gives 0 to queries that see no key.
         fused: whether it is PyTorch's own attention operator.
         nodes: everything between the scores and the output.
     """
@@ -67,11 +77,13 @@ class Parts:
     back: tuple[Step, ...] = ()
     scale: float = 1.0
     softcap: float = 0.0
-    shown: tuple[Node, ...] = ()
+    shown: tuple[Operand, ...] = ()
     hidden: tuple[Node, ...] = ()
     sink: Node | None = None
     is_causal: bool = False
     repeated: bool = False
+    floor: float = -torch.inf
+    zeroed: bool = False
     fused: bool = False
     nodes: tuple[Node, ...] = field(default=(), repr=False)
 
@@ -122,9 +134,10 @@ def fused_parts(node: Any) -> Parts | Refusal:
         v_,
         back,
         d**-0.5 if scale is None else float(scale),
-        shown=() if mask is None else (mask,),
+        shown=() if mask is None else (Operand(mask),),
         is_causal=bool(args.get("is_causal")),
         repeated=alike and fewer[0] is not k,
+        zeroed=True,
         fused=True,
         nodes=(node,),
     )
@@ -179,4 +192,4 @@ def four(operand: Operand, heads: int | None) -> Operand:
         return operand
     if heads is None:
         return operand.then(aten.unsqueeze.default, 1)
-    return operand.then(aten.unflatten.int, 0, [-1, heads])
+    return operand.then(aten.unflatten.int, 0, (-1, heads))

@@ -9,7 +9,6 @@ import torch
 from torch.fx import Node
 
 from structc.passes.attention_parts import (
-    ASSERTION,
     NOTHING,
     VIEWS,
     Operand,
@@ -21,12 +20,22 @@ from structc.passes.attention_parts import (
     transposed,
     ungrouped,
 )
-from structc.passes.masks import HIDES
+from structc.passes.attention_softmax import (
+    DIV,
+    MUL,
+    PRODUCTS,
+    Down,
+    Weights,
+    downwards,
+    factors,
+    is_row_maximum,
+    product_above,
+    weights_of,
+)
+from structc.passes.predicates import HIDES
 from structc.records import Refusal
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
-_MUL, _DIV = (aten.mul.Tensor, aten.mul.Scalar), (aten.div.Tensor, aten.div.Scalar)
 
 _MASKING = (
     aten.add.Tensor,
@@ -41,6 +50,10 @@ _MASKING = (
 """What does not commute with a cap on the scores."""
 
 
+_GONE = 800.0
+"""``exp(-800)`` is 0, also in float64."""
+
+
 @dataclass
 class _Walk:
     """What was found on the way from a softmax up to the product of its scores."""
@@ -49,61 +62,29 @@ class _Walk:
     factor: float = 1.0
     softcap: float = 0.0
     heads: int | None = None
-    shown: list[Node] = field(default_factory=list)
+    shown: list[Operand] = field(default_factory=list)
+    flat: list[Node] = field(default_factory=list)  # added where batch and heads are one dimension
     hidden: list[Node] = field(default_factory=list)
     sink: Node | None = None
     passed: list[Node] = field(default_factory=list)
+    floor: float = -torch.inf
+    """What hidden scores become, at most."""
 
 
-def spelled_parts(softmax: Any) -> Parts | Refusal | None:
-    """The attention around a softmax; None for a softmax that is no attention."""
-    rank, dim = len(shape_of(softmax)), softmax.args[1]
-    if rank not in (3, 4) or dim not in (-1, rank - 1):
-        return None
-    start = softmax.args[0]
-    if not isinstance(start, Node) or _product_above(start) is None:
-        return None
-    down = _downwards(softmax)
-    if down is None:
-        return None
-    if isinstance(down, Refusal):
+def spelled_parts(node: Any) -> Parts | Refusal | None:
+    """The attention around a softmax, in any spelling; None for one that is no attention."""
+    weights = weights_of(node)
+    if not isinstance(weights, Weights):
+        return weights
+    down = downwards(weights)
+    if not isinstance(down, Down):
         return down
-    walk = _Walk(start)
-    while walk.node.target not in (*_PRODUCTS, aten.baddbmm.default):
+    walk = _Walk(weights.scores)
+    while walk.node.target not in (*PRODUCTS, aten.baddbmm.default):
         failed = _up(walk)
         if failed is not None:
             return failed
-    return _assembled(softmax, walk, down)
-
-
-def _product_above(node: Any) -> Node | None:
-    """The product of a softmax's scores, if there is one."""
-    for _ in range(24):
-        if not isinstance(node, Node) or node.op != "call_function":
-            return None
-        if node.target in (*_PRODUCTS, aten.baddbmm.default):
-            return node
-        if node.target is aten.cat.default:
-            node = _first_of(node)
-        elif node.target is aten.add.Tensor:
-            one = _product_above(node.args[0])
-            return one if one is not None else _product_above(node.args[1])
-        elif node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-            one = _product_above(node.args[1])
-            return one if one is not None else _product_above(node.args[2])
-        elif node.target in (
-            *NOTHING, *VIEWS, *_MUL, *_DIV, aten.tanh.default, aten.sub.Tensor,
-            aten.dropout.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
-        ):  # fmt: skip
-            node = node.args[0]
-        else:
-            return None
-    return None
-
-
-def _first_of(node: Any) -> Any:
-    """What a join starts with."""
-    return node.args[0][0]
+    return _assembled(walk, down)
 
 
 def _up(walk: _Walk) -> Refusal | None:
@@ -121,36 +102,37 @@ def _up(walk: _Walk) -> Refusal | None:
     elif target in VIEWS:
         if (refusal := _reshaped(walk)) is not None:
             return refusal
-    elif target in _MUL or target in _DIV:
+    elif target in MUL or target in DIV:
         number = _constant(args[1])
         if number is None or number == 0:
             return refuse("SCALE", "its scores are scaled by something that is no constant")
-        walk.factor *= number if target in _MUL else 1 / number
+        walk.factor *= number if target in MUL else 1 / number
     elif target is aten.tanh.default:
         if walk.softcap:
             return refuse("SOFTCAP", "its scores are capped twice")
         walk.softcap, walk.factor = walk.factor, 1.0
     elif target is aten.add.Tensor:
-        at = 0 if _product_above(args[0]) is not None else 1
+        at = 0 if product_above(args[0]) is not None else 1
         above, mask = args[at], args[1 - at]
         if not isinstance(mask, Node) or node.kwargs.get("alpha", 1) != 1 or walk.factor != 1:
             return refuse("BIAS", "something is added to its scores that is no tensor of them")
-        if len(shape_of(node)) == 3 and len(shape_of(mask)) == 3 and shape_of(mask)[0] != 1:
-            return refuse("BIAS", "a bias for each of its heads, which are its batch")
-        walk.shown.append(mask)
+        _add(walk, mask)
     elif target is aten.sub.Tensor:
-        if walk.sink is not None or not _is_row_maximum(args[1], above):
+        if walk.sink is not None or not is_row_maximum(args[1], above):
             return refuse("BIAS", "something is subtracted from its scores")
     elif target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        if not _hides(args[2], walk.factor):
-            return refuse("MASK", f"hidden scores become {args[2]}, which hides nothing for sure")
+        if (refusal := _filled_with(args[2], walk)) is not None:
+            return refusal
         walk.hidden.append(args[1])
     elif target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-        scores_first = _product_above(args[1]) is not None
+        scores_first = product_above(args[1]) is not None
         above, value = (args[1], args[2]) if scores_first else (args[2], args[1])
-        if not _hides(value, walk.factor):
-            return refuse("MASK", "hidden scores get a value which hides nothing for sure")
-        (walk.shown if scores_first else walk.hidden).append(args[0])
+        if (refusal := _filled_with(value, walk)) is not None:
+            return refusal
+        if scores_first:
+            walk.shown.append(Operand(args[0]))
+        else:
+            walk.hidden.append(args[0])
     elif target is aten.cat.default:
         if (refusal := _sunk(walk)) is not None:
             return refusal
@@ -160,6 +142,15 @@ def _up(walk: _Walk) -> Refusal | None:
     assert isinstance(above, Node)
     walk.node = above
     return None
+
+
+def _add(walk: _Walk, mask: Node) -> None:
+    """A bias: one for each sequence and head where they are one dimension, or for all."""
+    flat = len(shape_of(walk.node)) == 3 and shape_of(mask)[:-2] not in ((), (1,))
+    if flat:
+        walk.flat.append(mask)
+    else:
+        walk.shown.append(Operand(mask))
 
 
 def _constant(value: Any) -> float | None:
@@ -176,19 +167,28 @@ def _filled(node: Any) -> float | None:
     return float(number) if isinstance(number, (int, float)) else None
 
 
-def _hides(value: Any, factor: float) -> bool:
+def _filled_with(value: Any, walk: _Walk) -> Refusal | None:
+    """What hidden scores become."""
     number = _constant(value)
-    return number is not None and number * factor <= HIDES
+    if number is None or number >= 0 or walk.factor < 0:
+        return refuse("MASK", "hidden scores get a value which hides nothing for sure")
+    walk.floor = max(walk.floor, number * walk.factor)
+    return None
 
 
-def _is_row_maximum(node: Any, of: Any) -> bool:
-    """Whether a node is the largest score of each row, which softmax does not feel."""
-    if isinstance(node, Node) and node.op == "call_function" and "getitem" in str(node.target):
-        node = node.args[0] if node.args[1] == 0 else None
-    if not isinstance(node, Node) or node.target not in (aten.amax.default, aten.max.dim):
-        return False
-    dim = node.args[1] if len(node.args) > 1 else None
-    return node.args[0] is of and dim in (-1, [-1]) and bool((*node.args, False)[2])
+def _weak(walk: _Walk) -> Refusal | None:
+    """Whether a key might be seen in spite of what its score was made.
+
+    Scores that are capped are at least ``-cap``; what is lower by 800 has a weight of exactly 0 in
+    every dtype. Nothing else bounds scores.
+    """
+    biases = [*walk.flat, *(mask.node for mask in walk.shown)]
+    shifted = any(bias.meta["val"].dtype != torch.bool for bias in biases)
+    capped = walk.softcap and not shifted
+    if walk.floor <= HIDES or (capped and walk.floor <= -abs(walk.softcap) - _GONE):
+        return None
+    reason = f"hidden scores become {walk.floor:g}, and nothing keeps the others above that"
+    return refuse("MASK", reason)
 
 
 def _reshaped(walk: _Walk) -> Refusal | None:
@@ -221,44 +221,10 @@ def _sunk(walk: _Walk) -> Refusal | None:
     return None
 
 
-def _downwards(softmax: Any) -> tuple[Any, list[Any], int | None] | Refusal | None:
-    """The product with v, and what stands in between."""
-    node, passed, heads, cut = softmax, [softmax], None, False
-    while True:
-        users = [u for u in node.users if u.target is not ASSERTION]
-        if len(users) != 1 or users[0].op == "output":
-            read = any(u.target in _PRODUCTS for u in node.users)
-            return refuse("READ", "the attention matrix itself is read") if read else None
-        user = users[0]
-        if user.target in (aten.matmul.default, aten.bmm.default):
-            return (user, passed, heads) if user.args[0] is node else None
-        if user.target is aten.einsum.default:
-            return (user, passed, heads) if _factors(user)[0] is node else None
-        if user.target in VIEWS:
-            below, above = shape_of(user), shape_of(node)
-            if [str(s) for s in below[-2:]] != [str(s) for s in above[-2:]]:
-                return None
-            if len(below) != len(above):
-                heads = (below if len(below) == 4 else above)[1]
-        elif user.target is aten.slice.Tensor:
-            rank = len(shape_of(node))
-            if user.args[1] not in (-1, rank - 1) or user.args[2:4] != (0, -1) or cut:
-                return None
-            cut = True
-        elif user.target is aten.dropout.default:
-            if user.args[2]:
-                return refuse("DROPOUT", "it drops weights at random")
-        elif user.target not in NOTHING:
-            return None
-        node = user
-        passed.append(node)
-
-
-def _assembled(
-    softmax: Any, walk: _Walk, down: tuple[Any, list[Any], int | None]
-) -> Parts | Refusal:
-    out, below, heads = down
-    heads = walk.heads or heads
+def _assembled(walk: _Walk, down: Down) -> Parts | Refusal:
+    if (refusal := _weak(walk)) is not None:
+        return refusal
+    out, below, heads = down.out, down.nodes, walk.heads or down.heads
     product = walk.node
     scale = walk.factor * (walk.softcap or 1.0)
     cut = any(n.target is aten.slice.Tensor for n in below)
@@ -267,9 +233,7 @@ def _assembled(
     if product.target is aten.baddbmm.default:
         if product.kwargs.get("beta", 1) != 1 or walk.softcap or walk.factor != 1:
             return refuse("SPELLING", "a scaled baddbmm")
-        if shape_of(product.args[0])[:1] != (1,) and len(shape_of(product.args[0])) == 3:
-            return refuse("BIAS", "a bias for each of its heads, which are its batch")
-        walk.shown.append(product.args[0])
+        _add(walk, product.args[0])
         scale = float(product.kwargs.get("alpha", 1))
         q, kt = product.args[1:3]
     if product.target is aten.einsum.default or out.target is aten.einsum.default:
@@ -288,6 +252,8 @@ def _assembled(
         if shape_of(fewer[0].node)[1:2] == shape_of(fewer[1].node)[1:2]:
             k_, v_ = fewer
         q_, k_, v_ = (four(t, heads) for t in (q_, k_, v_))
+        for mask in walk.flat:
+            walk.shown.append(four(Operand(mask), heads))
         back = ()
         if len(shape_of(out)) == 3:
             back = ((aten.flatten.using_ints, (0, 1)),) if heads else ((aten.squeeze.dim, (1,)),)
@@ -295,7 +261,7 @@ def _assembled(
     repeated = shape_of(k_.node)[1:2] != shape_of(q_.node)[1:2]
     return Parts(
         out, q_, k_, v_, back, scale, walk.softcap, tuple(walk.shown), tuple(walk.hidden),
-        walk.sink, repeated=repeated, nodes=nodes,
+        walk.sink, repeated=repeated, nodes=nodes, floor=walk.floor, zeroed=down.zeroed,
     )  # fmt: skip
 
 
@@ -317,7 +283,7 @@ def _of_einsum(product: Any, out: Any) -> tuple[Operand, Operand, Operand, tuple
     back_to = "".join(names.get(c, "*") for c in result)
     if set(v_) != {*batch, j, "*"} or set(back_to) != {*batch, i, "*"}:
         return None
-    (q_node, k_node), (_, v_node) = _factors(product), _factors(out)
+    (q_node, k_node), (_, v_node) = factors(product), factors(out)
     orders = ((q_node, q, batch + i + d), (k_node, k, batch + j + d), (v_node, v_, batch + j + "*"))
     operands = [
         Operand(n).then(aten.permute.default, [have.index(c) for c in want])
@@ -326,12 +292,6 @@ def _of_einsum(product: Any, out: Any) -> tuple[Operand, Operand, Operand, tuple
     have = batch + i + "*"
     back: tuple[Step, ...] = ((aten.permute.default, ([have.index(c) for c in back_to],)),)
     return operands[0], operands[1], operands[2], back
-
-
-def _factors(node: Any) -> tuple[Any, Any]:
-    """What a product multiplies."""
-    first, second = node.args[1] if node.target is aten.einsum.default else node.args[:2]
-    return first, second
 
 
 def _equation(node: Any) -> tuple[str, str, str] | None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from structc.attention_records import AttentionCase, AttentionSite
-from structc.passes.attention_parts import SDPA, Operand
+from structc.passes.attention_parts import SDPA
+from structc.passes.attention_softmax import head_dim_of
 from structc.passes.guards import resize_inputs
 from structc.passes.rewrite_attention import Planned, planned
 from structc.records import Captured, DimGuard, NodeRef, Refusal, Region
@@ -64,7 +65,7 @@ def _site(
     masks: dict[torch.fx.Node, str],
 ) -> AttentionSite:
     parts, kind = found.parts, "none"
-    given = [(m, False) for m in parts.shown] + [(m, True) for m in parts.hidden]
+    given = [(m.node, False) for m in parts.shown] + [(m, True) for m in parts.hidden]
     if parts.is_causal:
         kind = "causal"
     elif len(given) == 1:
@@ -82,7 +83,7 @@ def _site(
         kv_heads=case.kv_heads,
         head_dim=case.head_dim,
         length=case.keys,
-        proven="" if found.bias is not None and found.rule.full else str(found.rule),
+        proven=found.proven,
         nodes=tuple(n.name for n in parts.nodes),
         case=case,
     )
@@ -100,7 +101,7 @@ def _left(node: torch.fx.Node, name: str, region: Region, refusal: Refusal) -> A
         scale=None,
         heads=_size(scores, -3),
         kv_heads=_size(scores, -3),
-        head_dim=_size(scores, -1) if fused else 0,
+        head_dim=_size(scores, -1) if fused else head_dim_of(node),
         length=_size(scores, -2),
         nodes=(node.name,),
         refusal=refusal,
@@ -110,12 +111,11 @@ def _left(node: torch.fx.Node, name: str, region: Region, refusal: Refusal) -> A
 def case_of(found: Planned) -> AttentionCase:
     """What the time of a planned attention depends on."""
     parts = found.parts
-    q, k, v = (_value(p) for p in (parts.q, parts.k, parts.v))
+    q, k, v = (p.sizes() for p in (parts.q, parts.k, parts.v))
     mask, shape = "", tuple[int, ...]()
     if found.bias is not None:
-        value = found.bias.meta["val"]
-        mask = "bool" if value.dtype == torch.bool else "float"
-        shape = tuple(_hint(s) for s in value.shape)
+        mask = "bool" if found.bias.node.meta["val"].dtype == torch.bool else "float"
+        shape = found.bias.sizes()
     return AttentionCase(
         str(found.form),
         q[0], q[1], k[1], q[2], k[2], q[3], v[3],
@@ -127,17 +127,9 @@ def case_of(found: Planned) -> AttentionCase:
         masked=bool(parts.shown or parts.hidden),
         repeated=parts.repeated,
         fused=parts.fused,
+        lags=0 if found.lags is None else found.lags.heads,
         torch_causal=found.torch_causal,
     )  # fmt: skip
-
-
-def _value(operand: Operand) -> tuple[int, ...]:
-    """Sizes of an operand at the example, behind its steps."""
-    value = operand.node.meta["val"]
-    empty = torch.empty([_hint(s) for s in value.shape], device="meta")
-    for op, args in operand.steps:
-        empty = op(empty, *args)
-    return tuple(empty.shape)
 
 
 def _hint(size: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -14,7 +15,6 @@ from structc.attention import by_head  # noqa: F401 - defines the operator
 from structc.passes.attention_parts import (
     ASSERTION,
     SDPA,
-    SOFTMAX,
     Operand,
     Parts,
     fused_parts,
@@ -22,10 +22,11 @@ from structc.passes.attention_parts import (
     shape_of,
 )
 from structc.passes.attention_spelled import spelled_parts
-from structc.passes.masks import seen_by
+from structc.passes.lags import ByLag, by_lag, computed
+from structc.passes.masks import Reading, seen_by
 from structc.passes.predicates import All, AtMost, Given, Line, Seen, never
 from structc.passes.visibility import Rule, rule_of
-from structc.passes.writes import storage_of, written_to
+from structc.passes.writes import storage_of
 from structc.records import Refusal
 from structc.softmax import Softmax
 
@@ -44,18 +45,28 @@ class Planned:
         rule: what its masks are proven to show.
         bias: a mask that is handed over as it is: nothing, or not enough, is proven of it.
         keys: masks over keys alone.
+        lags: a bias that depends on the lag alone, computed once a lag.
     """
 
     parts: Parts
     form: Softmax
     rule: Rule
-    bias: Node | None = None
+    bias: Operand | None = None
     keys: tuple[Given, ...] = ()
+    lags: ByLag | None = None
+
+    @property
+    def proven(self) -> str:
+        """What the graph proves, in words; empty if it is nothing."""
+        if self.lags is not None:
+            return "by lag" if self.rule.full else f"{self.rule}, by lag"
+        return "" if self.bias is not None and self.rule.full else str(self.rule)
 
     @property
     def torch_causal(self) -> bool | None:
         """PyTorch's own flag, where its operator computes the same without a mask; else None."""
-        plain = self.bias is None and not self.keys and self.parts.sink is None
+        given = (self.bias, self.lags, self.parts.sink)
+        plain = not any(t is not None for t in given) and not self.keys
         form, known = self.form, plain and not self.form.softcap
         if not known or form.window or form.offset:
             return None
@@ -73,48 +84,65 @@ def planned(node: Node) -> Planned | Refusal | None:
     Skips when:    the attention matrix is read elsewhere, weights are dropped at random, what
         hides a key might not, or a query might see no key where the graph gives NaN or an average.
     """
-    parts = fused_parts(node) if node.target is SDPA else None
-    if node.target in SOFTMAX:
-        parts = spelled_parts(node)
+    parts = fused_parts(node) if node.target is SDPA else spelled_parts(node)
     if not isinstance(parts, Parts):
         return parts
-    written = written_to(node.graph)
+    read = Reading(node.graph)
     inputs = [p.node for p in (parts.q, parts.k, parts.v)]
-    if written and any(storage_of(n) in written for n in (*inputs, *parts.nodes)):
+    if read.written and any(storage_of(n) in read.written for n in (*inputs, *parts.nodes)):
         return refuse("WRITTEN", "something writes to its tensors in place")
-    shown = {mask: seen_by(mask) for mask in parts.shown}
-    rule, masked = _rule(parts, shown), bool(parts.shown or parts.hidden)
+    shown = {mask: seen_by(mask.node, read) for mask in parts.shown}
     biases = [mask for mask, seen in shown.items() if seen is None]
-    floored = any(seen is not None and seen[1] > -torch.inf for seen in shown.values())
+    lags = _by_lag(parts, biases, read)
+    if lags is not None:
+        shown[biases.pop()] = lags.seen, lags.value
+    rule, masked = _rule(parts, shown, read), bool(parts.shown or parts.hidden)
+    floors = [parts.floor, *(seen[1] for seen in shown.values() if seen is not None)]
+    floored = any(-torch.inf < floor < 0 for floor in floors)
     # spelled out, a row without keys is NaN, or the average of all values
-    if (not parts.fused or floored) and masked and not rule.alive(_square(parts)):
+    if (not parts.zeroed or floored) and masked and not rule.alive(_square(parts)):
         if not _added(parts):
             reason = (
                 "nothing proves that each query sees a key: without one it is NaN there, 0 here"
             )
             return refuse("DEAD_ROWS", reason)
-        biases, rule = list(parts.shown), Rule()  # as it is: exact whatever it hides
+        biases, rule, lags = list(parts.shown), Rule(), None  # as it is: exact whatever it hides
     fields = rule.fields()
-    if rule.nothing or fields is None or rule.rest:
-        if parts.hidden or len(parts.shown) != 1:
+    if rule.nothing or fields is None or rule.rest or rule.documents:
+        whole_masks = [*parts.shown, *(_shown(mask) for mask in parts.hidden)]
+        if len(whole_masks) != 1:
             return refuse("MASK", f"several masks, not all of them understood ({rule})")
-        biases = [parts.shown[0]]
+        biases, lags = whole_masks, None
         fields = fields or {}
     if len(biases) > 1:
         return refuse("MASK", "several tensors are added to its scores")
     bias = biases[0] if biases else None
-    if bias is not None and not 1 <= len(shape_of(bias)) <= 4:
+    if bias is not None and not 1 <= len(shape_of(bias.node)) <= 4:
         return refuse("MASK", "a mask of more than four dimensions")
-    whole = bias is not None and bias.meta["val"].dtype == torch.bool
+    whole = bias is not None and bias.node.meta["val"].dtype == torch.bool
     form = Softmax(parts.scale, softcap=parts.softcap, **fields)  # type: ignore[arg-type]
-    return Planned(parts, form, rule, bias, () if whole else rule.keys)
+    return Planned(parts, form, rule, bias, () if whole else rule.keys, lags)
 
 
-def _rule(parts: Parts, shown: Mapping[Node, tuple[Seen, float] | None]) -> Rule:
+def _shown(hidden: Node) -> Operand:
+    """Where keys are seen, of where they are hidden."""
+    return Operand(hidden).then(aten.logical_not.default)
+
+
+def _by_lag(parts: Parts, biases: list[Operand], read: Reading) -> ByLag | None:
+    """The only bias, if it is one number a lag: a rule's keys then count for it too."""
+    if len(biases) != 1 or biases[0].steps or len(shape_of(parts.q.node)) != 4:
+        return None
+    found = by_lag(biases[0].node, read)
+    heads = parts.q.sizes()[1]
+    return found if found is not None and found.heads in (1, heads) else None
+
+
+def _rule(parts: Parts, shown: Mapping[Operand, tuple[Seen, float] | None], read: Reading) -> Rule:
     """What all masks together show, as far as the graph proves it."""
     seen = [found[0] for found in shown.values() if found is not None]
     for mask in parts.hidden:
-        found = seen_by(mask)
+        found = seen_by(mask, read)
         if found is not None:
             seen.append(never(found[0]))
     if parts.is_causal:
@@ -124,7 +152,8 @@ def _rule(parts: Parts, shown: Mapping[Node, tuple[Seen, float] | None]) -> Rule
 
 def _added(parts: Parts) -> bool:
     """Whether every mask is added to the scores."""
-    return all(m.meta["val"].dtype.is_floating_point for m in parts.shown) and not parts.hidden
+    shown = [m.node for m in parts.shown]
+    return all(m.meta["val"].dtype.is_floating_point for m in shown) and not parts.hidden
 
 
 def _square(parts: Parts) -> bool:
@@ -165,10 +194,11 @@ def replace_attention(
                 {"scale": form.scale, "enable_gqa": grouped},
             )
         else:
-            bias = None if found.bias is None else _four(graph, nodes[found.bias.name], found.bias)
+            bias = None if found.bias is None else _mask(graph, found.bias, nodes)
+            lags = None if found.lags is None else _lags(graph, found, q, k, nodes)
             keys = _keys(graph, found.keys, nodes)
             sink = None if parts.sink is None else nodes[parts.sink.name]
-            given = (q, k, v, bias, None, keys, None, sink, str(form))
+            given = (q, k, v, bias, lags, keys, None, sink, str(form))
             both = graph.call_function(OPERATOR, given)
             new = graph.call_function(operator.getitem, (both, 0))
         for op, args in parts.back:
@@ -204,10 +234,26 @@ def _made(graph: Graph, operand: Operand, nodes: Mapping[str, Node]) -> Node:
     return node
 
 
-def _four(graph: Graph, node: Node, original: Node) -> Node:
-    for _ in range(4 - len(shape_of(original))):
+def _mask(graph: Graph, mask: Operand, nodes: Mapping[str, Node]) -> Node:
+    """With four dimensions."""
+    node = _made(graph, mask, nodes)
+    for _ in range(4 - len(mask.sizes())):
         node = graph.call_function(aten.unsqueeze.default, (node, 0))
     return node
+
+
+def _lags(graph: Graph, found: Planned, q: Node, k: Node, nodes: Mapping[str, Node]) -> Node:
+    """One value a lag, from ``-(n_k - 1)`` to ``n_q - 1``."""
+    assert found.lags is not None
+    queries, keys = (graph.call_function(aten.sym_size.int, (t, 2)) for t in (q, k))
+    first = graph.call_function(operator.sub, (1, keys))
+    device = found.parts.q.node.meta["val"].device
+    lags = graph.call_function(aten.arange.start, (first, queries), {"device": device})
+
+    def call(op: Any, *args: Any, **kwargs: Any) -> Node:
+        return graph.call_function(op, args, kwargs)
+
+    return computed(found.lags, lags, call, lambda node: nodes[node.name])
 
 
 def _keys(graph: Graph, keys: tuple[Given, ...], nodes: Mapping[str, Node]) -> Node | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.fx import Node
 
-from structc.passes.predicates import All, AtMost, Given, Line, Seen, Some
+from structc.passes.predicates import All, AtMost, Given, Line, Same, Seen, Some
 
 _LAG = ((-2, -1), (-1, 1))
 """Coefficients of j - i."""
@@ -24,6 +24,8 @@ class Rule:
         upper: query i sees keys ``j <= i + upper``, or all if None.
         lower: query i sees keys ``j >= i - lower``, or all if None, ``sinks`` first ones besides.
         keys: boolean tensors that show keys to all queries of a sequence alike.
+        documents: whether keys are seen from tokens with the same number alone, only the whole mask
+            says which.
         rest: whether something else hides keys too, which only the whole mask says.
         nothing: whether no key is ever seen.
     """
@@ -32,6 +34,7 @@ class Rule:
     lower: int | None = None
     sinks: int = 0
     keys: tuple[Given, ...] = ()
+    documents: bool = False
     rest: bool = False
     nothing: bool = False
 
@@ -60,6 +63,8 @@ class Rule:
         """Whether every query is sure to see a key, with at least one there."""
         if self.keys or self.rest or self.nothing or (self.upper or 0) < 0:
             return False
+        if self.documents:  # the same token is of the same document
+            return square and (self.lower is None or self.lower >= 0)
         if self.lower is None or self.sinks > 0:
             return True
         return square and self.upper is not None and self.lower >= 0
@@ -72,6 +77,7 @@ class Rule:
             words.append(f"window {self.lower + 1}")
         words += [f"{self.sinks} sinks"] if self.sinks else []
         words += ["padding"] if self.keys else []
+        words += ["documents"] if self.documents else []
         words += ["data_dependent"] if self.rest else []
         return ", ".join(words) or "all_true"
 
@@ -93,9 +99,16 @@ def rule_of(seen: Seen) -> Rule:
                 found = replace(found, lower=lower, sinks=sinks)
             case Given(node) if _same_for_all_queries(node):
                 found = replace(found, keys=(*found.keys, part))
+            case Same(a, b, False) if _turned(a.places) == b.places:
+                found = replace(found, documents=True)
             case _:
                 found = replace(found, rest=True)
     return found
+
+
+def _turned(places: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """With queries for keys: what must be the same at i and j is the same where they are one."""
+    return tuple({-1: -2, -2: -1}.get(p, p) if p is not None else None for p in places)
 
 
 def _parts(seen: Seen) -> Iterator[Seen]:

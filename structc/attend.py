@@ -153,6 +153,9 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     with torch.enable_grad():
         a, b, c = (t for t in leaves[:3] if t is not None)
         outputs = softmax_reference(a, b, c, form, Extras(*leaves[3:]))
+    if not outputs[0].requires_grad:  # there are no queries, so nothing was computed from anything
+        none = [None if t is None else torch.zeros_like(t) for t in tensors]
+        return (*[t if t is not None and t.is_floating_point() else None for t in none], None)
     able = [t for t in leaves if t is not None and t.requires_grad]
     given = torch.autograd.grad(
         outputs, able, (grad_o, grad_lse), allow_unused=True, create_graph=torch.is_grad_enabled()

@@ -28,6 +28,7 @@ class AttentionCase:
         repeated: whether the original repeats heads of keys for their groups.
         fused: whether the original is PyTorch's operator.
         torch_causal: PyTorch's flag, where its operator needs no mask for this; else None.
+        lags: heads with a bias for each lag, which the original has for each query and key.
     """
 
     form: str
@@ -47,6 +48,7 @@ class AttentionCase:
     repeated: bool = False
     fused: bool = True
     torch_causal: bool | None = None
+    lags: int = 0
 
 
 @dataclass(frozen=True)

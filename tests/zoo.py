@@ -195,6 +195,105 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 1)
 
 
+def small(name: str, **config: Any) -> Callable[[], nn.Module]:
+    """A model of transformers by the name of its class, 32 wide, with 4 heads."""
+
+    def make() -> nn.Module:
+        import transformers as T
+
+        kind = getattr(T, name)
+        return kind(kind.config_class(**{"vocab_size": VOCAB, "pad_token_id": 0, **config}))
+
+    return make
+
+
+class WithWeights(nn.Module):
+    """PyTorch's module in the way that spells its attention out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=True)[0]
+
+
+class NanoGPT(nn.Module):
+    """Causal attention with a triangle in a buffer (Karpathy's nanoGPT without flash)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.register_buffer("bias", torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = (y.view(b, t, 4, c // 4).transpose(1, 2) for y in self.qkv(x).split(c, dim=2))
+        scores = (q @ k.transpose(-2, -1)) * (k.size(-1) ** -0.5)
+        scores = scores.masked_fill(self.bias[:, :, :t, :t] == 0, float("-inf"))
+        y = F.softmax(scores, dim=-1) @ v
+        return self.out(y.transpose(1, 2).contiguous().view(b, t, c))
+
+
+def tokens(batch: int, length: int) -> dict[str, Any]:
+    return {"input_ids": ids(batch, length), "use_cache": False}
+
+
+def pair(batch: int, length: int) -> dict[str, Any]:
+    return {**tokens(batch, length), "decoder_input_ids": ids(batch, length + 2)}
+
+
+def speech(batch: int, length: int) -> dict[str, Any]:
+    heard = {"input_features": floats(batch, 8, 40), "use_cache": False}
+    return {**heard, "decoder_input_ids": ids(batch, length)}
+
+
+T5_CONFIG: dict[str, Any] = {
+    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+}  # fmt: skip
+DECODER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5,
+}  # fmt: skip
+WHISPER: dict[str, Any] = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+    "max_source_positions": 20, "max_target_positions": 40, "bos_token_id": 0, "eos_token_id": 0,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+ATTENTION: dict[str, tuple[Case, tuple[str, ...]]] = {
+    "T5 encoder": (Case(small("T5EncoderModel", **T5_CONFIG), padded), ("",)),
+    "T5": (
+        Case(small("T5Model", decoder_start_token_id=0, **T5_CONFIG), pair),
+        ("by lag", "causal, by lag", "all_true"),
+    ),
+    "BLOOM": (Case(small("BloomModel", hidden_size=32, n_layer=1, n_head=4), tokens), ("causal",)),
+    "MPT": (
+        Case(small("MptModel", d_model=32, n_layers=1, n_heads=4, max_seq_len=48), tokens),
+        ("causal",),
+    ),
+    "Whisper": (Case(small("WhisperModel", **WHISPER), speech), ("all_true", "causal", "all_true")),
+    "GPT-OSS": (
+        Case(small("GptOssModel", num_local_experts=2, num_experts_per_tok=1, **DECODER), tokens),
+        ("causal, window 5", "causal"),
+    ),
+    "Gemma 2": (
+        Case(
+            small(
+                "Gemma2Model", attn_logit_softcapping=5.0, attn_implementation="eager", **DECODER
+            ),
+            tokens,
+        ),
+        ("causal, window 5", "causal"),
+    ),
+    "MultiheadAttention": (Case(WithWeights, lambda b, t: (floats(b, t, 32),)), ("all_true",)),
+    "TransformerEncoder": (Case(encoder, lambda b, t: (floats(b, t, 32),)), ("all_true",)),
+    "nanoGPT": (Case(NanoGPT, lambda b, t: (floats(b, t, 32),)), ("causal",)),
+}
+"""Models by the way their attention is made, and what their graphs prove, one after another."""
+
+
 FEATURES = ((7, 1), (1, 1), (5, 3), (1, 3))
 ZOO: dict[str, Case] = {
     "sequential": Case(sequential, lambda b, t: (floats(b, t, 12),)),

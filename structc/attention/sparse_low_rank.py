@@ -89,16 +89,22 @@ class SparseLowRank(AbstractMethod):
             seen = rule.visible(torch.arange(first, last), at)
             assert seen is not None
             # rows are scaled by their largest exponential, the far part too
-            top = (
-                scores.masked_fill(~seen, 0).amax(-1, keepdim=True).clamp(min=0).detach()
-                if len(at)
-                else scores.new_zeros(*scores.shape[:3], 1)
-            )
+            alone = self._alone(torch.arange(first, last), m)
+            top = _top(scores, seen, alone)
             near = (scores.masked_fill(~seen, -torch.inf) - top).exp()
-            less = outside.f(scores).masked_fill(~seen, 0) * (-top).exp()
-            parts.append((near - less) @ x[:, :, at] + far[:, :, first:last] * (-top).exp())
+            share = (-top).exp().masked_fill(alone, 0)
+            less = (outside.f(scores) * share).masked_fill(~seen | alone, 0)
+            rest = (far[:, :, first:last] * share).masked_fill(alone, 0)
+            parts.append((near - less) @ x[:, :, at] + rest)
         y = torch.cat(parts, 2) if parts else far
         return (y[..., :-1] / y[..., -1:]).to(q.dtype), None
+
+    def _alone(self, queries: Tensor, keys: int) -> Tensor:
+        """Which queries see all their keys by rule ``(n, 1)``: they need no polynomial."""
+        found = queries < self.window + self.sinks
+        if not self.is_causal:
+            found = found & (queries + self.window >= keys)
+        return found[:, None]
 
     def matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """Both parts with one normaliser."""
@@ -106,9 +112,10 @@ class SparseLowRank(AbstractMethod):
         scores = self.sigma(q) * (q @ k.mT)
         seen = self._rule().visible(torch.arange(n), torch.arange(m))
         assert seen is not None
-        top = scores.masked_fill(~seen, 0).amax(-1, keepdim=True).clamp(min=0)
+        alone = self._alone(torch.arange(n), m)
+        top = _top(scores, seen, alone)
         near = (scores.masked_fill(~seen, -torch.inf) - top).exp()
-        far = self._outside().f(scores) * (-top).exp()
+        far = (self._outside().f(scores) * (-top).exp()).masked_fill(alone, 0)
         weights = torch.where(seen, near, far)
         if self.is_causal:
             weights = weights * causal_mask(n, m)
@@ -119,3 +126,11 @@ class SparseLowRank(AbstractMethod):
         reach = min(keys, (1 if self.is_causal else 2) * self.window + self.sinks + CHUNK)
         outside = self._outside().flops(queries, keys, head_dim)
         return 4.0 * queries * reach * head_dim + outside
+
+
+def _top(scores: Tensor, seen: Tensor, alone: Tensor) -> Tensor:
+    """The largest visible score of each row; at least 0 where a polynomial is added."""
+    if not scores.shape[-1]:
+        return scores.new_zeros(*scores.shape[:3], 1)
+    top = scores.detach().masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(alone & top.isfinite(), top, top.clamp(min=0))

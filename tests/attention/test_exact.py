@@ -258,6 +258,25 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     assert y.shape == q.shape and lse.shape == q.shape[:3] and not y.any()
 
 
+@pytest.mark.parametrize("extra", ["none", "bias", "sink"])
+def test_gradients_without_queries(extra: str) -> None:
+    """Nothing is computed of anything, and its gradient is 0."""
+    q, k, v = (t.requires_grad_() for t in qkv(0, 5))
+    heads = q.shape[1]
+    more = {"bias": torch.randn(1, heads, 1, 5), "sink_logits": torch.randn(heads)}
+    given = {n: t.requires_grad_() for n, t in more.items() if n.startswith(extra)}
+    exact(q, k, v, **given).sum().backward()
+    for t in (q, k, v, *given.values()):
+        assert t.grad is not None and not t.grad.any()
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 96, 127, 129, 200, 257])
+def test_every_head_dim(d: int) -> None:
+    q, k, v = torch.randn(3, 1, 2, 70, d).unbind(0)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(exact(q, k, v, is_causal=True), want, atol=2e-5)
+
+
 def test_strides_and_threads() -> None:
     base = torch.randn(3, 2, 90, 4, 16)
     q, k, v = (t.transpose(1, 2) for t in base)

@@ -59,6 +59,20 @@ SAMPLES: dict[str, AbstractMethod] = {
 NAMES = list(SAMPLES)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_queries_and_no_keys(name: str) -> None:
+    q, k, v = qkv(0)
+    assert SAMPLES[name](q, k, v).shape == (*q.shape[:3], v.shape[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_large_scores_give_numbers(name: str) -> None:
+    """Scores around a thousand: their exponentials alone are infinite."""
+    q, k, v = (t.float() for t in qkv())
+    y = SAMPLES[name](q * 1000, k, v)
+    assert y.isfinite().all()
+
+
 @pytest.fixture(autouse=True)
 def short_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tests reach what is done in halves and in chunks."""

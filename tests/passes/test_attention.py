@@ -22,7 +22,7 @@ from structc.passes.capture import capture
 from structc.passes.detect import detect
 from structc.passes.rewrite import rewrite
 from structc.passes.rewrite_attention import OPERATOR, Planned, planned, replace_attention
-from structc.records import Refusal, Timed
+from structc.records import Price, Refusal, Timed
 
 H, D = 4, 6
 
@@ -119,6 +119,50 @@ def flagged(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
 
 
+def bias_a_head_in_three(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    b, h, n, d = q.shape
+    flat = [t.reshape(b * h, n, d) for t in (q, k, v)]
+    alibi = (bias[None, :, None, None] * torch.arange(n)).expand(b, h, 1, n).reshape(b * h, 1, n)
+    scores = torch.baddbmm(alibi, flat[0], flat[1].transpose(1, 2), beta=1, alpha=0.4)
+    return torch.bmm(scores.softmax(-1), flat[2]).view(b, h, n, d)
+
+
+def by_log_softmax(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return F.log_softmax(q @ k.mT * 0.4, -1).exp() @ v
+
+
+def by_exponentials(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = (q @ k.mT * 0.4).masked_fill(~lower(q), float("-inf"))
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def strictly_before(q: Tensor) -> Tensor:
+    at = torch.arange(q.shape[2])
+    return at[:, None] > at
+
+
+def dead_rows_zeroed(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~strictly_before(q), float("-inf"))
+    return scores.softmax(-1).nan_to_num(0.0) @ v
+
+
+def capped_and_filled(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = torch.tanh(q @ k.mT * 0.4 / 5.0) * 5.0
+    return scores.masked_fill(~lower(q), -1e9).softmax(-1) @ v
+
+
+def capped_and_chosen(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = torch.tanh(q @ k.mT * 0.4 / 5.0) * 5.0
+    return torch.where(lower(q), scores, -1e4).softmax(-1) @ v
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    numbers = (q[:, 0, :, 0] > 0).long().cumsum(-1)
+    same = numbers[:, None, :, None] == numbers[:, None, None, :]
+    return (q @ k.mT).masked_fill(~(same & lower(q)), float("-inf")).softmax(-1) @ v
+
+
 SPELLINGS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "plain": (plain, H, "all_true"),
     "scaled first": (scaled_first, H, "causal"),
@@ -132,6 +176,13 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "grouped": (grouped, 2, "causal"),
     "grouped, spelled out": (grouped_spelled, 2, "all_true"),
     "is_causal": (flagged, H, "causal"),
+    "baddbmm of a bias a head": (bias_a_head_in_three, H, "all_true"),
+    "exp of log_softmax": (by_log_softmax, H, "all_true"),
+    "exp over its sum": (by_exponentials, H, "causal"),
+    "rows without keys set to 0": (dead_rows_zeroed, H, "up to -1"),
+    "softcap, then -1e9": (capped_and_filled, H, "causal"),
+    "softcap, else -1e4": (capped_and_chosen, H, "causal"),
+    "documents": (documents, H, "causal, documents"),
 }
 
 
@@ -142,7 +193,7 @@ def rewritten(model: nn.Module, inputs: Any, kernel: str = "structc") -> tuple[A
     graph = region.graph.graph
     found = []
     for node in list(graph.nodes):
-        if node.op == "call_function" and (node.target is SDPA or node.target in SOFTMAX):
+        if node.op == "call_function":
             plan = planned(node)
             if isinstance(plan, Planned):
                 replace_attention(graph, plan, {n.name: n for n in graph.nodes}, kernel)
@@ -208,6 +259,51 @@ def dead_rows(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(at[:, None] <= at, float("-inf")).softmax(-1) @ v
 
 
+def filled_with_a_number(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill(~lower(q), -1e9).softmax(-1) @ v
+
+
+def capped_and_shifted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = torch.tanh(q @ k.mT) + bias[:, None, None]  # which may be as low as the fill
+    return scores.masked_fill(~lower(q), -1e9).softmax(-1) @ v
+
+
+def zeroed_after_a_finite_fill(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~strictly_before(q), torch.finfo(q.dtype).min)
+    return scores.softmax(-1).nan_to_num(0.0) @ v
+
+
+def over_queries(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (k @ q.mT).softmax(-2).mT @ v
+
+
+def raw_exponentials(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def one_more(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT)
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+def one_more_beside_a_sink(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.mT
+    extra = bias.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    e = torch.exp(torch.cat([scores, extra], -1))
+    return (e / (1 + e.sum(-1, keepdim=True)))[..., :-1] @ v
+
+
+def sharpened(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).square() @ v
+
+
+def other_documents(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    numbers = (q[:, 0, :, 0] > 0).long().cumsum(-1)
+    other = numbers[:, None, :, None] != numbers[:, None, None, :]
+    return (q @ k.mT).masked_fill(~other, float("-inf")).softmax(-1) @ v
+
+
 def scaled_by_a_tensor(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return (q @ k.mT * bias[:, None, None]).softmax(-1) @ v
 
@@ -226,14 +322,6 @@ def shifted_before_sink(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
     scores = scores - scores.amax(-1, keepdim=True)
     extra = bias.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
     return torch.cat([scores, extra], -1).softmax(-1)[..., :-1] @ v
-
-
-def bias_a_head_in_three(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    b, h, n, d = q.shape
-    flat = [t.reshape(b * h, n, d) for t in (q, k, v)]
-    alibi = (bias[None, :, None, None] * torch.arange(n)).expand(b, h, 1, n).reshape(b * h, 1, n)
-    scores = torch.baddbmm(alibi, flat[0], flat[1].transpose(1, 2), beta=1, alpha=0.4)
-    return torch.bmm(scores.softmax(-1), flat[2]).view(b, h, n, d)
 
 
 def written_between(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
@@ -272,13 +360,23 @@ def test_grouped_keys_turned_in_other_ways(turned: str) -> None:
 @pytest.mark.parametrize(
     ("f", "code"),
     [(capped_after, "SOFTCAP"), (shifted_before_cap, "SOFTCAP"), (shifted_before_sink, "BIAS"),
-     (bias_a_head_in_three, "BIAS"), (written_between, "WRITTEN"),
+     (written_between, "WRITTEN"),
      (read_too, "READ"), (weakly_hidden, "MASK"), (dead_rows, "DEAD_ROWS"),
-     (scaled_by_a_tensor, "SCALE")],
+     (scaled_by_a_tensor, "SCALE"), (filled_with_a_number, "MASK"), (capped_and_shifted, "MASK"),
+     (zeroed_after_a_finite_fill, "DEAD_ROWS"), (over_queries, "SPELLING"),
+     (raw_exponentials, "SPELLING"), (one_more, "SPELLING"),
+     (one_more_beside_a_sink, "SPELLING"), (sharpened, "SPELLING"),
+     (other_documents, "DEAD_ROWS")],
 )  # fmt: skip
 def test_what_is_left_alone(f: Callable[..., Tensor], code: str) -> None:
     _, (plan,) = rewritten(Spelled(f), floats(2, 9, H * D))
-    assert isinstance(plan, Refusal) and plan.code == code
+    assert isinstance(plan, Refusal) and plan.code == code and plan.reason
+
+
+def test_what_is_left_alone_has_its_sizes() -> None:
+    for f in (weakly_hidden, raw_exponentials, read_too):
+        (site,) = detect(capture(Spelled(f).eval(), to_call(floats(2, 9, H * D)))).attention
+        assert site.refusal is not None and (site.heads, site.head_dim, site.length) == (H, D, 9)
 
 
 def test_a_softmax_that_is_no_attention() -> None:
@@ -334,14 +432,27 @@ def always_faster(*args: Any, **kwargs: Any) -> dict[str, Timed]:
     return {n: Timed(1.0 if n == "structc" else 2.0, 1.0, 0.0, 3) for n in calls}
 
 
-def test_a_saved_product_has_its_attention(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("f", [with_bias, bias_a_head_in_three, documents, capped])
+def test_every_case_is_held_against_the_reference(
+    f: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("structc.codegen.attention_price.interleaved", always_faster)
-    model, x = Spelled(scaled_first).eval(), floats(2, 9, H * D)
+    sites = detect(capture(Spelled(f).eval(), to_call(floats(2, 9, H * D)))).attention
+    (case,) = (a.case for a in sites if a.case)
+    assert isinstance(attention_price.price([case], effort="quick")[case], Price)
+
+
+@pytest.mark.parametrize("f", [scaled_first, with_bias])
+def test_a_saved_product_has_its_attention(
+    f: Callable[..., Tensor], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("structc.codegen.attention_price.interleaved", always_faster)
+    model, x = Spelled(f).eval(), floats(2, 9, H * D)
     cases = [a.case for a in detect(capture(model, to_call(x))).attention if a.case]
     attention_price.price(cases, effort="quick")  # known from then on
     fast = structc.compile(model, x, effort="recorded")
     fast.save(tmp_path / "out")
-    again = structc.load(tmp_path / "out", Spelled(scaled_first))
+    again = structc.load(tmp_path / "out", Spelled(f))
     (site,) = again.structc.sites.attention
     assert site.kernel == "structc"
     with torch.no_grad():

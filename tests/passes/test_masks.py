@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from zoo import ZOO, bert, floats, ids, padded
 
 from structc.inputs import to_call
-from structc.passes.attention_parts import SDPA, SOFTMAX
 from structc.passes.capture import capture
 from structc.passes.masks import seen_by
 from structc.passes.rewrite_attention import Planned, planned
@@ -50,12 +49,7 @@ def plan_of(model: nn.Module, inputs: Any) -> Planned | Refusal:
     """What is to become of the only attention of a model."""
     captured = capture(model.eval(), to_call(inputs))
     graph = (captured.analysis or captured.regions[0]).graph.graph
-    found = [
-        p
-        for n in graph.nodes
-        if n.op == "call_function" and (n.target is SDPA or n.target in SOFTMAX)
-        if (p := planned(n)) is not None
-    ]
+    found = [p for n in graph.nodes if n.op == "call_function" if (p := planned(n)) is not None]
     assert found
     return found[0]
 
@@ -319,3 +313,99 @@ def test_a_window_of_later_keys_leaves_the_last_queries_nothing() -> None:
 
     found = plan_of(Masked(later, spelled=True), floats(2, 9, 8))
     assert isinstance(found, Refusal) and found.code == "DEAD_ROWS"
+
+
+class Buffered(nn.Module):
+    """Attention whose mask is cut from a buffer, as nanoGPT's."""
+
+    def __init__(self, mask: Tensor, hides: Callable[[Tensor], Tensor], *, writes: bool = False):
+        super().__init__()
+        self.register_buffer("bias", mask)
+        self.q, self.hides, self.writes = nn.Linear(8, 8), hides, writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        if self.writes:
+            self.bias[..., 0, 1] = 1
+        q = self.q(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        scores = q @ q.transpose(-1, -2) * 0.5
+        scores = scores.masked_fill(self.hides(self.bias[:, :, :n, :n]), float("-inf"))
+        return (scores.softmax(-1) @ q).transpose(1, 2).flatten(-2)
+
+
+def triangle(n: int, *, window: int = 0) -> Tensor:
+    lower = torch.ones(n, n).tril()
+    return (lower - lower.tril(-window) if window else lower)[None, None]
+
+
+def spoilt(n: int) -> Tensor:
+    mask = triangle(n)
+    mask[..., -1, 5] = 0  # where no example looks
+    return mask
+
+
+def is_zero(m: Tensor) -> Tensor:
+    return m == 0
+
+
+BUFFERS: dict[str, tuple[Tensor, Callable[[Tensor], Tensor], str]] = {
+    "nanoGPT": (triangle(64), is_zero, "causal"),
+    "boolean": (triangle(64).bool(), torch.logical_not, "causal"),
+    "window": (triangle(64, window=5), is_zero, "causal, window 5"),
+    "bytes": (triangle(64).to(torch.uint8), is_zero, "causal"),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_that_are_triangles_or_bands(name: str) -> None:
+    mask, hides, want = BUFFERS[name]
+    found = plan_of(Buffered(mask, hides), floats(2, 9, 8))
+    assert isinstance(found, Planned) and str(found.rule) == want and found.bias is None
+
+
+@pytest.mark.parametrize(
+    "model", [Buffered(spoilt(64), is_zero), Buffered(triangle(64), is_zero, writes=True)],
+    ids=["not quite", "written to"],
+)  # fmt: skip
+def test_buffers_that_are_not(model: nn.Module) -> None:
+    found = plan_of(model, floats(2, 9, 8))
+    assert isinstance(found, Refusal) and found.code == "DEAD_ROWS"
+
+
+def repeated(x: Tensor) -> Tensor:
+    at = torch.arange(x.shape[1])[None].repeat(x.shape[0], 1)
+    return (at[:, None] <= at[:, :, None])[:, None]
+
+
+def cut_later(x: Tensor) -> Tensor:
+    """Without its first row: j <= i + 1, and the last row twice."""
+    mask = causal(x)
+    return torch.cat([mask[1:], mask[-1:]])
+
+
+def later_keys(x: Tensor) -> Tensor:
+    n = x.shape[1]
+    return torch.ones(n + 3, n + 3, dtype=torch.bool).tril()[3:, 3:]
+
+
+@pytest.mark.parametrize(
+    ("mask", "want"), [(repeated, "causal"), (later_keys, "causal"), (cut_later, "data_dependent")]
+)
+def test_repeats_and_slices(mask: Callable[[Tensor], Tensor], want: str) -> None:
+    found = plan_of(Masked(mask), floats(2, 9, 8))
+    assert isinstance(found, Planned) and str(found.rule) == want
+    assert (found.bias is None) == (want == "causal")
+
+
+def test_documents_are_handed_over_with_what_is_proven_besides() -> None:
+    """The kernel skips the blocks of a boolean mask by itself."""
+
+    def packed(x: Tensor) -> Tensor:
+        numbers = (x[..., 0] > 0).to(torch.int32).cumsum(-1)
+        same = numbers[:, :, None] == numbers[:, None]
+        return (same & causal(x))[:, None]
+
+    for spelled in (False, True):
+        found = plan_of(Masked(packed, spelled), floats(2, 9, 8))
+        assert isinstance(found, Planned) and str(found.rule) == "causal, documents"
+        assert found.form.causal and found.bias is not None
