@@ -44,7 +44,7 @@ def by_head_refused(site: AttentionSite) -> Refusal | None:
     if case is None:
         return site.refusal or _refuse(site, "NOT_EXPORTED", "its graph is no part of the product")
     form = Softmax.parse(case.form)
-    if case.mask or case.sink or form.softcap or form.window or form.offset:
+    if case.mask or case.lags or case.sink or form.softcap or form.window or form.offset:
         return _refuse(site, "FORM", "its scores are biased, capped or masked by more than a rule")
     if case.queries != case.keys:
         return _refuse(site, "SIZE", f"{case.queries} queries and {case.keys} keys")

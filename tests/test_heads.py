@@ -180,6 +180,7 @@ def test_other_attentions_are_refused_with_a_reason() -> None:
     for change, code in (
         ({"mask": "bool"}, "FORM"),
         ({"sink": True}, "FORM"),
+        ({"lags": 4}, "FORM"),
         ({"queries": 7}, "SIZE"),
     ):
         refusal = by_head_refused(replace(site, case=replace(site.case, **change)))
