@@ -14,6 +14,7 @@ from structc.attention.monarch import Monarch
 from structc.attention.nystrom import Nystrom
 from structc.attention.polynomial import Polynomial
 from structc.attention.sparse_low_rank import SparseLowRank
+from structc.attention.tiled_monarch import TiledMonarch
 from structc.attention.uniform import Uniform
 from structc.attention.window_sinks import WindowSinks
 
@@ -23,6 +24,7 @@ METHODS: tuple[type[AbstractMethod], ...] = (
     ConvBasis,
     Polynomial,
     Monarch,
+    TiledMonarch,
     BlockSparse,
     SparseLowRank,
     Nystrom,
@@ -39,6 +41,7 @@ __all__ = [
     "Nystrom",
     "Polynomial",
     "SparseLowRank",
+    "TiledMonarch",
     "Uniform",
     "WindowSinks",
     "certify",

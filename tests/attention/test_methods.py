@@ -24,6 +24,7 @@ from structc.attention import (
     Nystrom,
     Polynomial,
     SparseLowRank,
+    TiledMonarch,
     Uniform,
     WindowSinks,
     certify,
@@ -49,6 +50,8 @@ SAMPLES: dict[str, AbstractMethod] = {
     "monarch 1": Monarch(5, 1),
     "monarch extra": Monarch(6, 3, extra=1),
     "monarch causal": Monarch(5, 2, is_causal=True),
+    "tiles": TiledMonarch((4, 6), (2, 2)),
+    "tiles of frames, extra": TiledMonarch((2, 2, 3), (2, 1, 1), 1, extra=1),
     "blocks": BlockSparse(0.6, 16),
     "blocks causal": BlockSparse(0.6, 16, is_causal=True),
     "antidiagonals": BlockSparse(0.6, 16, is_causal=True, stride=4),
@@ -77,6 +80,11 @@ def qkv(n: int = 61, m: int | None = None, d: int = 6, **to: Any) -> tuple[Tenso
     )
 
 
+def served(method: AbstractMethod, n: int) -> int:
+    """n, or the first length that the method serves where it does not serve n."""
+    return next(m for m in (n, *range(1, 99)) if method.applies(m, m) is None)
+
+
 def is_causal(method: AbstractMethod) -> bool:
     return bool(getattr(method, "is_causal", False))
 
@@ -101,7 +109,7 @@ def test_output_is_the_matrix_times_values(name: str, n: int) -> None:
         assert not matrix.triu(1).any()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "conv basis"])
+@pytest.mark.parametrize("name", [n for n in NAMES if SAMPLES[n].applies(20, 33) is None])
 @pytest.mark.parametrize(("n", "m"), [(20, 33), (33, 20)])
 def test_other_lengths_of_keys(name: str, n: int, m: int) -> None:
     method = SAMPLES[name]
@@ -112,7 +120,7 @@ def test_other_lengths_of_keys(name: str, n: int, m: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_and_bfloat16(name: str) -> None:
     method = SAMPLES[name]
-    q, k, v = (t.to(torch.bfloat16) for t in qkv())
+    q, k, v = (t.to(torch.bfloat16) for t in qkv(served(method, 61)))
     want = method(q.double(), k.double(), v.double())
     assert method(q, k, v).dtype == torch.bfloat16
     assert relative_error(method(q.float(), k.float(), v.float()), want) < 1e-3
@@ -123,7 +131,7 @@ def test_float32_and_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name: str) -> None:
     method = SAMPLES[name]
-    q, k, v = (t[:1, :1].detach().requires_grad_() for t in qkv(18, d=2))
+    q, k, v = (t[:1, :1].detach().requires_grad_() for t in qkv(served(method, 18), d=2))
     if name != "nystrom":  # of a pseudo-inverse they are large
         torch.autograd.gradcheck(method, (q, k, v), atol=1e-4)
     got = torch.autograd.grad(method(q, k, v).square().sum(), (q, k, v), allow_unused=True)
@@ -154,18 +162,20 @@ def test_later_keys_change_nothing(name: str) -> None:
 def test_row_sums_are_the_divergence(name: str, seed: int, loud: float) -> None:
     """``lse_true - lse`` is the divergence of the row, and the bounds hold."""
     torch.manual_seed(seed)
-    method, (q, k, v) = SAMPLES[name], qkv(30)
+    method = SAMPLES[name]
+    n = served(method, 30)
+    q, k, v = qkv(n)
     q = loud * q
     y, lse = method.attend(q, k, v)
     assert lse is not None
     scores = method.sigma(q) * (q @ k.mT)
     if is_causal(method):
-        scores = scores.masked_fill(torch.ones(30, 30).triu(1).bool(), -math.inf)
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)
     true = scores.softmax(-1)
     p = method.matrix(q, k).clamp(min=0)
     kl = torch.where(p > 1e-300, p * (p.clamp(min=1e-300).log() - true.clamp(min=1e-300).log()), 0)
     assert torch.allclose(scores.logsumexp(-1) - lse, kl.sum(-1), atol=1e-5)
-    told = certify(method, q, k, v, is_causal=is_causal(method), rows=30)
+    told = certify(method, q, k, v, is_causal=is_causal(method), rows=n)
     tv = (p - true).abs().sum(-1) / 2
     spread = (v[:, :, :, None] - v[:, :, None]).norm(dim=-1).flatten(2).amax(-1)
     assert bool(((y - true @ v).norm(dim=-1) <= tv * spread[..., None] + 1e-9).all())
@@ -174,9 +184,11 @@ def test_row_sums_are_the_divergence(name: str, seed: int, loud: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_certificates_of_all(name: str) -> None:
-    method, (q, k, v) = SAMPLES[name], qkv(40)
-    told = certify(method, 0.1 * q, k, v, is_causal=is_causal(method), rows=40)
-    assert told.rows == 40 and 0 <= told.tv <= told.worst_tv and told.error >= 0
+    method = SAMPLES[name]
+    n = served(method, 40)
+    q, k, v = qkv(n)
+    told = certify(method, 0.1 * q, k, v, is_causal=is_causal(method), rows=n)
+    assert told.rows == n and 0 <= told.tv <= told.worst_tv and told.error >= 0
     assert told.bound >= 0
 
 
@@ -189,6 +201,7 @@ LONG: dict[str, Callable[[int], AbstractMethod]] = {
     "polynomial causal": lambda n: Polynomial(2, 1.0, is_causal=True),
     "monarch": lambda n: Monarch(math.isqrt(n), 2),
     "monarch causal": lambda n: Monarch(math.isqrt(n), 2, is_causal=True),
+    "tiled monarch": lambda n: TiledMonarch((math.isqrt(n), math.isqrt(n)), (2, 2)),
     "blocks": lambda n: BlockSparse(0.01, 64),
     "sparse + low rank": lambda n: SparseLowRank(64, 4, is_causal=True),
     "nystrom": lambda n: Nystrom(64),
@@ -277,6 +290,36 @@ def test_monarch_is_exact_on_grids() -> None:
     assert certify(Monarch(8, 1), x, x, x, is_causal=False).worst_kl > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("grid", "tiles"), [((8, 12), (2, 3)), ((8, 12), (1, 1)), ((3, 4, 5), (3, 2, 1))]
+)
+def test_tiles_are_exact_where_rows_and_columns_add_up(
+    grid: tuple[int, ...], tiles: tuple[int, ...]
+) -> None:
+    *frames, h, w = grid
+    row, column = torch.randn(h, 1, 4).double(), torch.randn(1, w, 4).double()
+    one = torch.cat([row.expand(h, w, 4), column.expand(h, w, 4)], -1)
+    x = one.expand(*frames, h, w, 8).reshape(1, 1, -1, 8)
+    q, k, v = 2 * x, x, torch.randn(1, 1, x.shape[2], 3).double()
+    method = TiledMonarch(grid, tiles, 1)
+    told = certify(method, q, k, v, is_causal=False, rows=x.shape[2])
+    assert abs(told.worst_kl) < 1e-9 and told.error < 1e-9
+    assert certify(method, *qkv(x.shape[2]), is_causal=False).kl > 1e-3
+
+
+def test_a_tile_is_monarch_and_tiles_of_a_token_are_exact() -> None:
+    q, k, v = qkv(25)
+    for steps in (1, 3):
+        for method, want in (
+            (TiledMonarch((4, 6), (4, 6), steps, extra=1), exact(q, k, v)),
+            (TiledMonarch((4, 6), (1, 1), steps, extra=1), Monarch(6, steps, extra=1)(q, k, v)),
+        ):
+            assert relative_error(method(q, k, v), want) < 1e-9
+    assert isinstance(TiledMonarch((4, 6), (2, 2)).applies(25, 25), Refusal)
+    with pytest.raises(ConfigError, match="has 24"):
+        TiledMonarch((4, 6), (2, 2))(q, k, v)
+
+
 def test_more_steps_are_no_worse() -> None:
     q, k, v = qkv(60)
     kl = [certify(Monarch(6, t), q, k, v, is_causal=False, rows=60).kl for t in (1, 2, 4, 8)]
@@ -356,6 +399,8 @@ def test_merge_is_a_softmax_over_both() -> None:
      lambda: Polynomial(5), lambda: Polynomial(2, 0.0),
      lambda: Polynomial(2, center=True, is_causal=True),
      lambda: BlockSparse(0.0), lambda: BlockSparse(0.5, 16, stride=5), lambda: ConvBasis(0),
+     lambda: TiledMonarch((4, 6), (3, 2)), lambda: TiledMonarch((4, 6), (2,)),
+     lambda: TiledMonarch((4,), (2,)), lambda: TiledMonarch((4, 6), (2, 2), 0),
      lambda: SparseLowRank(0), lambda: Nystrom(0)],
 )  # fmt: skip
 def test_mistakes_are_told(make: Any) -> None:
