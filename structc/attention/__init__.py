@@ -13,6 +13,7 @@ from structc.attention.exact import exact
 from structc.attention.monarch import Monarch
 from structc.attention.nystrom import Nystrom
 from structc.attention.polynomial import Polynomial
+from structc.attention.row_column_toeplitz import RowColumnToeplitz
 from structc.attention.sparse_low_rank import SparseLowRank
 from structc.attention.tiled_monarch import TiledMonarch
 from structc.attention.uniform import Uniform
@@ -22,6 +23,7 @@ METHODS: tuple[type[AbstractMethod], ...] = (
     Uniform,
     WindowSinks,
     ConvBasis,
+    RowColumnToeplitz,
     Polynomial,
     Monarch,
     TiledMonarch,
@@ -40,6 +42,7 @@ __all__ = [
     "Monarch",
     "Nystrom",
     "Polynomial",
+    "RowColumnToeplitz",
     "SparseLowRank",
     "TiledMonarch",
     "Uniform",
