@@ -56,6 +56,9 @@ class RowColumnToeplitz(AbstractMethod):
     a few running sums, solve them. What is free in them, a line that t takes from c, goes where
     both have the least range.
 
+    The fit looks at the scores of all queries: where something is dropped, later tokens move the
+    weights of earlier rows, though never beyond the diagonal. Not for training on next tokens.
+
     An FFT's error is absolute. Rows whose sum is faint beside ``|e^c| |e^t|`` are found by that
     ratio: float32 goes on in float64, and what is faint there is computed row by row.
 
