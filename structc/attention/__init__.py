@@ -14,7 +14,9 @@ from structc.attention.methods import METHODS
 from structc.attention.monarch import Monarch
 from structc.attention.nystrom import Nystrom
 from structc.attention.polynomial import Polynomial
+from structc.attention.row_column_toeplitz import RowColumnToeplitz
 from structc.attention.sparse_low_rank import SparseLowRank
+from structc.attention.tiled_monarch import TiledMonarch
 from structc.attention.uniform import Uniform
 from structc.attention.window_sinks import WindowSinks
 
@@ -27,7 +29,9 @@ __all__ = [
     "Monarch",
     "Nystrom",
     "Polynomial",
+    "RowColumnToeplitz",
     "SparseLowRank",
+    "TiledMonarch",
     "Uniform",
     "WindowSinks",
     "certify",

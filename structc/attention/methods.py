@@ -10,7 +10,9 @@ from structc.attention.conv_basis import ConvBasis
 from structc.attention.monarch import Monarch
 from structc.attention.nystrom import Nystrom
 from structc.attention.polynomial import Polynomial
+from structc.attention.row_column_toeplitz import RowColumnToeplitz
 from structc.attention.sparse_low_rank import SparseLowRank
+from structc.attention.tiled_monarch import TiledMonarch
 from structc.attention.uniform import Uniform
 from structc.attention.window_sinks import WindowSinks
 
@@ -18,8 +20,10 @@ METHODS: tuple[type[AbstractMethod], ...] = (
     Uniform,
     WindowSinks,
     ConvBasis,
+    RowColumnToeplitz,
     Polynomial,
     Monarch,
+    TiledMonarch,
     BlockSparse,
     SparseLowRank,
     Nystrom,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,18 +82,7 @@ class Monarch(AbstractMethod):
         check_qkv(q, k, v)
         if self.is_causal:
             return self._halves(q, k, v)
-        if not self.extra:
-            return self._full(q, k, v)
-        if q.shape[2] <= self.extra:
-            return exact(q, k, v, scale=self.scale, return_lse=True)
-        e, scale = self.extra, self.scale
-        ahead = exact(q[:, :, :e], k, v, scale=scale, return_lse=True)
-        first = exact(q[:, :, e:], k[:, :, :e], v[:, :, :e], scale=scale, return_lse=True)
-        if k.shape[2] <= e:
-            rest = first
-        else:
-            rest = merge(*first, *self._full(q[:, :, e:], k[:, :, e:], v[:, :, e:]))
-        return torch.cat([ahead[0], rest[0]], 2), torch.cat([ahead[1], rest[1]], 2)
+        return beside(self.extra, q, k, v, self.scale, self._full)
 
     def _halves(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         n, m = q.shape[2], k.shape[2]
@@ -106,27 +96,10 @@ class Monarch(AbstractMethod):
         return torch.cat([upper[0], below[0]], 2), torch.cat([upper[1], below[1]], 2)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        blocks, sigma = _Blocks(q, k, v, self.block_size), self.sigma(q)
-        left, own = blocks.start(), blocks.shown
-        for step in range(self.num_steps):
-            last = step + 1 == self.num_steps
-            values = torch.cat([blocks.k, blocks.v], -1) if last else blocks.k
-            both, lse = exact(left, blocks.k, values, bias=own, scale=sigma, return_lse=True)
-            means = both[..., : q.shape[-1]]
-            wide = lse.dtype
-            entropy = sigma * (left.to(wide) * means.to(wide)).sum(-1) - lse  # sum R log R
-            means, entropy = means.transpose(1, 2), entropy.transpose(1, 2)
-            if last:
-                y = both[..., q.shape[-1] :].transpose(1, 2)
-                o, sums = exact(
-                    blocks.q, means, y, bias=-entropy[:, :, None], scale=sigma, return_lse=True
-                )
-                return blocks.back(o), blocks.back(sums[..., None])[..., 0]
-            scores = sigma * (blocks.q @ means.mT).to(wide) - entropy[:, :, None]
-            weights = scores.softmax(-1).to(q.dtype) * blocks.real
-            total = weights.sum(2).clamp(min=LEAST)[..., None]
-            left = (weights.mT @ blocks.q / total).transpose(1, 2)
-        raise AssertionError
+        blocks = _Blocks(q, k, v, self.block_size)
+        parts = Parts(blocks.q, blocks.k, blocks.v, blocks.start(), blocks.shown, blocks.real)
+        o, sums = alternate(parts, self.num_steps, self.sigma(q))
+        return blocks.back(o), blocks.back(sums[..., None])[..., 0]
 
     def matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """The product of both factors; merged halves where it is causal."""
@@ -146,6 +119,72 @@ class Monarch(AbstractMethod):
             * ((4 * self.num_steps + 2) * (b + n / b) - 2 * (self.num_steps - 1) * n / b)
         )
         return 1.21 * full / 2 + 2 * n * LEAF * head_dim if self.is_causal else full
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""q, k and v to output and row sums."""
+
+
+def beside(
+    extra: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, grid: Attend
+) -> tuple[Tensor, Tensor]:
+    """The first ``extra`` tokens exactly, as queries and as keys; ``grid`` among the others."""
+    if not extra:
+        return grid(q, k, v)
+    if q.shape[2] <= extra:
+        return exact(q, k, v, scale=scale, return_lse=True)
+    ahead = exact(q[:, :, :extra], k, v, scale=scale, return_lse=True)
+    q = q[:, :, extra:]
+    first = exact(q, k[:, :, :extra], v[:, :, :extra], scale=scale, return_lse=True)
+    if k.shape[2] <= extra:
+        rest = first
+    else:
+        rest = merge(*first, *grid(q, k[:, :, extra:], v[:, :, extra:]))
+    return torch.cat([ahead[0], rest[0]], 2), torch.cat([ahead[1], rest[1]], 2)
+
+
+class Parts(NamedTuple):
+    """What the alternation works on; heads and batch are one dimension N.
+
+    Attributes:
+        q: ``(N, places, rows, d)``, queries by place.
+        k, v: ``(N, blocks, size, d)``, by block.
+        left: ``(N, blocks, places, d)``, the query that stands for a place in a block at first.
+        shown: ``(1, blocks, 1, size)`` boolean, keys that are there; None for all.
+        real: ``(1, places, rows, 1)``, 1 for queries that are there.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    left: Tensor
+    shown: Tensor | None = None
+    real: Tensor | float = 1.0
+
+
+def alternate(parts: Parts, num_steps: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """Both factors so many times in turns: output ``(N, places, rows, e)`` and row sums.
+
+    R is the attention of ``left`` inside each block, L that of the queries over the blocks, with
+    R's mean keys as keys and R's entropies as biases.
+    """
+    queries, keys, values, left, shown, real = parts
+    for step in range(num_steps):
+        last = step + 1 == num_steps
+        carried = torch.cat([keys, values], -1) if last else keys
+        both, lse = exact(left, keys, carried, bias=shown, scale=sigma, return_lse=True)
+        means = both[..., : queries.shape[-1]]
+        wide = lse.dtype
+        entropy = sigma * (left.to(wide) * means.to(wide)).sum(-1) - lse  # sum R log R
+        means, entropy = means.transpose(1, 2), entropy.transpose(1, 2)
+        if last:
+            y = both[..., queries.shape[-1] :].transpose(1, 2)
+            return exact(queries, means, y, bias=-entropy[:, :, None], scale=sigma, return_lse=True)
+        scores = sigma * (queries @ means.mT).to(wide) - entropy[:, :, None]
+        weights = scores.softmax(-1).to(queries.dtype) * real
+        total = weights.sum(2).clamp(min=LEAST)[..., None]
+        left = (weights.mT @ queries / total).transpose(1, 2)
+    raise AssertionError
 
 
 class _Blocks:
