@@ -295,6 +295,10 @@ def _one_pass(
 
 
 def forward(tree: nn.Module, call: Call) -> None:
+    """Run a model on a copy of a call; what it says about itself stays as it was.
+
+    Errors: :class:`CalibrationError` if it fails.
+    """
     try:
         with torch.no_grad(), preserved_buffers(tree):
             run(tree, clone_call(call))

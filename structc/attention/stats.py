@@ -17,6 +17,8 @@ BLOCK = 64
 """Keys of a block whose mass is measured."""
 COVERED = (0.9, 0.95, 0.98)
 """Shares of a row's mass that blocks are counted for."""
+PEAK = 0.2
+"""Autocorrelation from which on a peak is a period."""
 ENERGY = 0.01
 """Relative error that is left where a rank is counted."""
 
@@ -151,12 +153,15 @@ def _periods(scores: Tensor, at: Tensor, seen: Tensor, most: int = 2) -> tuple[i
     if len(same) < 4 or float(same[0]) <= 0:
         return ()
     same = same / same[0]
-    peaks = [
-        p
-        for p in range(2, len(same) - 1)
-        if same[p] > same[p - 1] and same[p] >= same[p + 1] and same[p] > 0.2
-    ]
-    return tuple(sorted(peaks, key=lambda p: -float(same[p]))[:most])
+    middle = same[2:-1]
+    peaks = (middle > same[1:-2]) & (middle >= same[3:]) & (middle > PEAK)
+    return tuple(
+        (middle * peaks)
+        .sort(descending=True)
+        .indices[: min(most, int(peaks.sum()))]
+        .add(2)
+        .tolist()
+    )
 
 
 def _pool(same: list[HeadStats]) -> HeadStats:
