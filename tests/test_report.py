@@ -538,7 +538,12 @@ def test_a_paragraph_for_every_site() -> None:
     said = report.explanations()
     names = [s["name"] for s in report.data["sites"]]
     refused = [r["site"] for r in report.data["refusals"] if r["site"] not in ("", *names)]
-    assert list(said) == [*names, *dict.fromkeys(refused)]
+    attended = [a["name"] for a in report.data["attention"]]
+    assert list(said) == [
+        *names,
+        *attended,
+        *dict.fromkeys(r for r in refused if r not in attended),
+    ]
     assert refused and all("stays as it is\n  refused" in said[name] for name in refused)
     for site in report.data["sites"]:
         assert ("\n  cost " in said[site["name"]]) == site["rewritten"]

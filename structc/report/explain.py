@@ -17,13 +17,17 @@ def explanations(data: Json) -> dict[str, str]:
     """For every site of a report its paragraph, and for what was refused as a whole its reasons."""
     found = {str(site["name"]): "\n".join(_lines(clean(site))) for site in data["sites"]}
     found |= {str(op["name"]): attention_words(clean(op)) for op in data["attention"]}
+    attended = {str(op["name"]) for op in data["attention"]}
     others: dict[str, list[str]] = {}
     for refusal in data["refusals"]:
         refusal = clean(refusal)
         name = str(refusal["site"])
-        if name and name not in found and refusal["family"] != "capture":
+        why = f"  refused   {refusal['family'].replace('_', ' ')}: {refusal['reason']}"
+        if name in attended:
+            found[name] += f"\n{why}"
+        elif name and name not in found and refusal["family"] != "capture":
             lines = others.setdefault(name, [f"{name}: stays as it is"])
-            lines.append(f"  refused   {refusal['family'].replace('_', ' ')}: {refusal['reason']}")
+            lines.append(why)
     return found | {name: "\n".join(lines) for name, lines in others.items()}
 
 

@@ -212,7 +212,7 @@ def test_finished_matrices_are_not_made_again(
     def never(*_: Any) -> None:
         raise AssertionError("the data were read again")
 
-    monkeypatch.setattr("structc.passes.calibrate._forward", never)
+    monkeypatch.setattr("structc.passes.calibrate.forward", never)
     again = profile_of(model, data, work=WorkDir(tmp_path, {}))
     for group in first.stats:
         assert torch.equal(first.stats[group].gram, again.stats[group].gram)
