@@ -180,7 +180,8 @@ def watch(
 ) -> None:
     """Show queries, keys and values of each attention, ``(B, H, n, d)``, on every call.
 
-    Heads of keys and values are repeated for their groups. Inputs that are short are not shown.
+    Heads of keys and values are repeated for their groups. Inputs that are short or not finite
+    are not shown.
     """
     handles = []
     for region in captured.regions:
@@ -241,7 +242,8 @@ def _show(site: AttentionSite, given: Sequence[tuple[Any, Tensor]], see: See) ->
             value = op(value, *args)
         made.append(value.detach())
     q, k, v = made
-    if q.shape[2] != k.shape[2] or q.shape[2] < SHORTEST:
+    finite = all(bool(t.isfinite().all()) for t in made)
+    if not finite or q.shape[2] != k.shape[2] or q.shape[2] < SHORTEST:
         return
     group = q.shape[1] // k.shape[1]
     if group > 1:

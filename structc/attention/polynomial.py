@@ -160,7 +160,9 @@ class Polynomial(AbstractMethod):
     def proposals(cls, stats: HeadStats) -> tuple[Polynomial, ...] | Refusal:
         """Where norms bound the scores, so that each input can be checked."""
         if stats.norms <= WIDE:
-            return tuple(Polynomial(d, stats.norms * SLACK, stats.causal) for d in (1, 2))
+            return tuple(
+                Polynomial(d, max(stats.norms * SLACK, 1e-3), stats.causal) for d in (1, 2)
+            )
         reason = f"norms allow scores of {stats.norms:.2g} (seen: {stats.bound:.2g}), above {WIDE}"
         return Refusal("", cls.name, "BOUND", reason)
 

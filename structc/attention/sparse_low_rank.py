@@ -19,7 +19,7 @@ CHUNK = 128
 """Queries whose window is computed at a time."""
 
 FLAT = 3.0
-"""Half-spread of scores up to which the method is tried."""
+"""Size of scores up to which the method is tried."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class SparseLowRank(AbstractMethod):
     @classmethod
     def proposals(cls, stats: HeadStats) -> tuple[SparseLowRank, ...] | Refusal:
         """A window for what is large, where the rest is flat."""
-        if stats.centred > FLAT:
-            reason = f"scores spread by +-{stats.centred:.2g}, above {FLAT}: no polynomial fits"
+        if stats.centred > FLAT or stats.bound > FLAT:
+            reason = f"scores up to {stats.bound:.2g}, above {FLAT}: no polynomial fits them"
             return Refusal("", cls.name, "BOUND", reason)
         return (SparseLowRank(128, 4, bound=max(stats.bound, 0.1), is_causal=stats.causal),)
 

@@ -190,7 +190,8 @@ def head_title(row: Json) -> str:
         lines[0] += f", {row['least']} to {row['most']} keys"
         lines.append(
             f"output error {percent(trial['error'], 1)}, KL {number(trial['kl'], 2)} nats, "
-            f"TV at most {number(trial['tv'], 2)}, {trial['speedup']:.1f}x over the exact kernel"
+            f"TV at most {number(trial['tv'], 2)}, rows off by at most {number(trial['bound'], 2)}, "
+            f"{trial['speedup']:.1f}x over the exact kernel"
         )
     elif row["tried"]:
         best = min(row["tried"], key=lambda t: t["error"] if t["error"] is not None else 1e9)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from structc.attention import BlockSparse, Uniform, WindowSinks
+from structc.attention import METHODS, BlockSparse, Uniform, WindowSinks
 from structc.attention.stats import HeadStats, StatsSum, recall_scores
 from structc.records import Refusal
 
@@ -91,3 +91,13 @@ def test_inputs_pool_with_the_larger_bound() -> None:
     one.add(3 * q, k, scale=1.0, is_causal=True)
     assert total.pooled()[0].norms == one.pooled()[0].norms
     assert total.pooled()[0].entropy > one.pooled()[0].entropy
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1.0, 100.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_size_of_scores_has_an_answer(factor: float, causal: bool) -> None:
+    q, k = factor * torch.randn(2, 256, 8, generator=torch.Generator().manual_seed(3))
+    found = stats_of(q, k, causal)
+    for kind in METHODS:
+        made = kind.proposals(found)
+        assert isinstance(made, Refusal) or (made and all(isinstance(m, kind) for m in made))
