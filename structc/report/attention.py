@@ -190,7 +190,7 @@ def head_title(row: Json) -> str:
         lines[0] += f", {row['least']} to {row['most']} keys"
         lines.append(
             f"output error {percent(trial['error'], 1)}, KL {number(trial['kl'], 2)} nats, "
-            f"TV at most {number(trial['tv'], 2)}, rows off by at most {number(trial['bound'], 2)}, "
+            f"TV at most {number(trial['tv'], 2)}, off by at most {number(trial['bound'], 2)}, "
             f"{trial['speedup']:.1f}x over the exact kernel"
         )
     elif row["tried"]:
