@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="Hugging Face folder with tokenizer.json")
     parser.add_argument("text", type=Path)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--tier", choices=("exact", "heads"), help="one alone")
     parser.add_argument("--max-drop", default="1%", help="of one over perplexity")
     parser.add_argument("--effort", default="quick", choices=("quick", "full"))
     parser.add_argument("--save", type=Path, help="folder for reports")
@@ -109,8 +110,8 @@ def main() -> None:
         print(json.dumps(summary(fast), indent=1), flush=True)
         if args.save is not None:
             args.save.mkdir(parents=True, exist_ok=True)
-            fast.report.save(args.save / f"{name.partition(' ')[0]}.html")
-            fast.report.save(args.save / f"{name.partition(' ')[0]}.json")
+            fast.report.save(args.save / f"{name}.html")
+            fast.report.save(args.save / f"{name}.json")
 
 
 def summary(fast: structc.CompiledModel) -> dict[str, Any]:
