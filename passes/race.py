@@ -17,6 +17,8 @@ from structc.timing import interleaved
 
 log = logging.getLogger("structc.race")
 
+TIMING_S = 60.0
+"""Rounds are cut, down to three, so that the timing of a slow model takes no longer."""
 ROUNDS, WAY_ROUNDS = {"quick": 9, "full": 21}, 7
 GAIN = 0.98
 """Inductor must take less than this share of the plain graph's time to be worth its memory."""
@@ -103,11 +105,11 @@ def lost_to(latency: Mapping[str, Timed]) -> str:
 
 def _settled(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timed]:
     """Timings, taken again when they would give the product up: a busy machine is no reason."""
-    latency = interleaved(calls, rounds=rounds, min_sample_ms=5.0)
+    latency = interleaved(calls, rounds=rounds, min_sample_ms=5.0, seconds=TIMING_S)
     for _ in range(AGAIN):
         if not slower(latency):
             break
-        latency = interleaved(calls, rounds=rounds, min_sample_ms=5.0)
+        latency = interleaved(calls, rounds=rounds, min_sample_ms=5.0, seconds=TIMING_S)
     return latency
 
 
@@ -126,7 +128,7 @@ def _fastest(
         if code is not None:
             ways[_name("inductor", one)] = (one, "inductor", code)
     calls = {name: _way(example, *way) for name, way in ways.items()}
-    timed = interleaved(calls, rounds=WAY_ROUNDS, min_sample_ms=5.0)
+    timed = interleaved(calls, rounds=WAY_ROUNDS, min_sample_ms=5.0, seconds=TIMING_S)
     log.info("ways: %s", {name: round(t.latency_ms, 3) for name, t in timed.items()})
     able = sorted(ways, key=lambda name: timed[name].latency_ms)
     best = next(name for name in able if ways[name][1] != "inductor")

@@ -23,6 +23,7 @@ def interleaved(
     rounds: int = 9,
     min_sample_ms: float = 1.0,
     warmup: int = 2,
+    seconds: float = math.inf,
 ) -> dict[str, Timed]:
     """Time callables in turns.
 
@@ -31,6 +32,7 @@ def interleaved(
         rounds: rounds to keep; at most twice as many are run.
         min_sample_ms: calls shorter than this are repeated inside one sample.
         warmup: untimed calls of each before the first round.
+        seconds: after so long no round begins, once there are three.
 
     Returns:
         Lower quartile, median and spread for each name, in milliseconds a call.
@@ -46,12 +48,14 @@ def interleaved(
         repeats[name] = max(1, min(1000, int(min_sample_ms / max(once, 1e-4))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     kept: list[int] = []
+    start = time.perf_counter()
     for turn in range(2 * rounds):
         for name in names:
             samples[name].append(_sample(calls[name], repeats[name]))
         best = min(samples[names[0]])
         kept = [i for i, t in enumerate(samples[names[0]]) if t <= JUMP * best]
-        if turn + 1 >= rounds and len(kept) >= rounds:
+        late = turn >= 2 and time.perf_counter() - start > seconds
+        if late or (turn + 1 >= rounds and len(kept) >= rounds):
             break
     return {name: summarise([samples[name][i] for i in kept]) for name in names}
 

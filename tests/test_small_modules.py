@@ -662,3 +662,11 @@ def test_errors_carry_hint_and_layer() -> None:
     assert (error.hint, error.layer, error.code) == ("do this", "a.b", "CONFIG")
     kinds = StructcError.__subclasses__()
     assert len({k.code for k in kinds}) == len(kinds) and ids(1, 1).numel() == 1
+
+
+def test_slow_calls_are_timed_in_fewer_rounds() -> None:
+    count = itertools.count(1)
+    found = timing.interleaved({"a": lambda: next(count)}, rounds=50, warmup=0, seconds=0.0)
+    assert found["a"].rounds <= 3
+    found = timing.interleaved({"a": lambda: next(count)}, rounds=50, warmup=0)
+    assert found["a"].rounds >= 50
