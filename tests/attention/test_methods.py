@@ -32,7 +32,8 @@ from structc.attention import (
     exact,
     merge,
 )
-from structc.attention.polynomial import features, minimax, monomials
+from structc.attention.feature_sums import features, monomials
+from structc.attention.polynomial import minimax
 from structc.errors import ConfigError
 from structc.numerics import relative_error
 from structc.records import Refusal
@@ -83,7 +84,7 @@ def test_large_scores_give_numbers(name: str) -> None:
 def short_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tests reach what is done in halves and in chunks."""
     monkeypatch.setattr("structc.attention.monarch.LEAF", 16)
-    monkeypatch.setattr("structc.attention.polynomial.CHUNK", 16)
+    monkeypatch.setattr("structc.attention.feature_sums.CHUNK", 16)
     monkeypatch.setattr("structc.attention.sparse_low_rank.CHUNK", 16)
 
 
@@ -253,7 +254,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", LONG)
 def test_no_matrix_of_all_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory grows with the length (Monarch: with its power 1.5), not with its square."""
-    monkeypatch.setattr("structc.attention.polynomial.SLAB", 1 << 14)
+    monkeypatch.setattr("structc.attention.feature_sums.SLAB", 1 << 14)
     monkeypatch.setattr("structc.softmax.ELEMENTS", 1 << 14)
     monkeypatch.setattr("structc.attention.row_column_toeplitz.SLAB", 1 << 14)
     small, large = (largest_tensor(LONG[name](n), n) for n in (1024, 4096))
