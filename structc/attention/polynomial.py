@@ -91,7 +91,7 @@ class Polynomial(AbstractMethod):
     >>> q, k, v = torch.randn(3, 1, 2, 40, 4).unbind(0)
     >>> method = Polynomial(4, 1.0, scale=0.1)
     >>> from structc.attention import exact
-    >>> torch.allclose(method(q, k, v), exact(q, k, v, scale=0.1), atol=1e-3)
+    >>> torch.allclose(method(q, k, v), exact(q, k, v, scale=0.1), atol=1e-2)
     True
     """
 
@@ -155,9 +155,10 @@ class Polynomial(AbstractMethod):
 
     def sums(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """``f(q k^T) x`` over the keys that each query sees; the scale is in q already."""
-        return feature_sums(q, k, x, self._rule(), self._weights(q))
+        return feature_sums(q, k, x, self.rule(), self.weights(q))
 
-    def _rule(self) -> Rule:
+    def rule(self) -> Rule:
+        """f, and whether later keys are hidden."""
         return Rule(self.coefficients(), self.is_causal)
 
     def _prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,7 @@ class Polynomial(AbstractMethod):
             k = k - k.mean(2, keepdim=True)
         return q * self.sigma(q), k
 
-    def _weights(self, like: Tensor) -> Tensor:
+    def weights(self, like: Tensor) -> Tensor:
         """``a_p multinomial`` of each feature, what is dropped at 0."""
         chosen, counts = monomials(like.shape[-1], self.degree)
         a = self.coefficients()
@@ -184,7 +185,7 @@ class Polynomial(AbstractMethod):
 
     def f(self, scores: Tensor) -> Tensor:
         """The polynomial."""
-        return self._rule().f(scores)
+        return self.rule().f(scores)
 
     def matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """``f(s)`` with rows that sum to 1."""
