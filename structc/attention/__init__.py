@@ -17,6 +17,7 @@ from structc.attention.polynomial import Polynomial
 from structc.attention.row_column_toeplitz import RowColumnToeplitz
 from structc.attention.sparse_low_rank import SparseLowRank
 from structc.attention.tiled_monarch import TiledMonarch
+from structc.attention.toeplitz_polynomial import ToeplitzPolynomial
 from structc.attention.uniform import Uniform
 from structc.attention.window_sinks import WindowSinks
 
@@ -32,6 +33,7 @@ __all__ = [
     "RowColumnToeplitz",
     "SparseLowRank",
     "TiledMonarch",
+    "ToeplitzPolynomial",
     "Uniform",
     "WindowSinks",
     "certify",

@@ -13,6 +13,7 @@ from structc.attention.polynomial import Polynomial
 from structc.attention.row_column_toeplitz import RowColumnToeplitz
 from structc.attention.sparse_low_rank import SparseLowRank
 from structc.attention.tiled_monarch import TiledMonarch
+from structc.attention.toeplitz_polynomial import ToeplitzPolynomial
 from structc.attention.uniform import Uniform
 from structc.attention.window_sinks import WindowSinks
 
@@ -22,6 +23,7 @@ METHODS: tuple[type[AbstractMethod], ...] = (
     ConvBasis,
     RowColumnToeplitz,
     Polynomial,
+    ToeplitzPolynomial,
     Monarch,
     TiledMonarch,
     BlockSparse,

@@ -26,13 +26,15 @@ from structc.attention import (
     RowColumnToeplitz,
     SparseLowRank,
     TiledMonarch,
+    ToeplitzPolynomial,
     Uniform,
     WindowSinks,
     certify,
     exact,
     merge,
 )
-from structc.attention.polynomial import features, minimax, monomials
+from structc.attention.feature_sums import features, monomials
+from structc.attention.polynomial import minimax
 from structc.errors import ConfigError
 from structc.numerics import relative_error
 from structc.records import Refusal
@@ -48,6 +50,14 @@ SAMPLES: dict[str, AbstractMethod] = {
     "polynomial": Polynomial(2, 1.0, scale=0.1),
     "polynomial 3 causal": Polynomial(3, 1.0, is_causal=True, scale=0.1),
     "polynomial 1 centred": Polynomial(1, 0.5, center=True, scale=0.05),
+    "toeplitz x polynomial, slopes": ToeplitzPolynomial(2, slopes=(0.1,), scale=0.1),
+    "toeplitz x polynomial, slopes causal": ToeplitzPolynomial(
+        3, is_causal=True, slopes=(0.3,), scale=0.1
+    ),
+    "toeplitz x polynomial, lags": ToeplitzPolynomial(2, lags=((0.5, 0.1, 0, 1, -0.3),), scale=0.1),
+    "rope x polynomial causal": ToeplitzPolynomial(
+        1, is_causal=True, frequencies=(0.7,), scale=0.1
+    ),
     "fastmax": Polynomial(2, 1.0, taylor=True, normalize=True),
     "monarch": Monarch(7, 2),
     "monarch 1": Monarch(5, 1),
@@ -83,7 +93,7 @@ def test_large_scores_give_numbers(name: str) -> None:
 def short_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tests reach what is done in halves and in chunks."""
     monkeypatch.setattr("structc.attention.monarch.LEAF", 16)
-    monkeypatch.setattr("structc.attention.polynomial.CHUNK", 16)
+    monkeypatch.setattr("structc.attention.feature_sums.CHUNK", 16)
     monkeypatch.setattr("structc.attention.sparse_low_rank.CHUNK", 16)
 
 
@@ -220,6 +230,8 @@ LONG: dict[str, Callable[[int], AbstractMethod]] = {
     "row + column + lag causal": lambda n: RowColumnToeplitz(scale=0.1),
     "polynomial": lambda n: Polynomial(2, 1.0),
     "polynomial causal": lambda n: Polynomial(2, 1.0, is_causal=True),
+    "toeplitz x polynomial, slopes": lambda n: ToeplitzPolynomial(2, slopes=(0.1,)),
+    "rope x polynomial": lambda n: ToeplitzPolynomial(1, frequencies=(0.1, 0.01)),
     "monarch": lambda n: Monarch(math.isqrt(n), 2),
     "monarch causal": lambda n: Monarch(math.isqrt(n), 2, is_causal=True),
     "tiled monarch": lambda n: TiledMonarch((math.isqrt(n), math.isqrt(n)), (2, 2)),
@@ -253,7 +265,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", LONG)
 def test_no_matrix_of_all_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory grows with the length (Monarch: with its power 1.5), not with its square."""
-    monkeypatch.setattr("structc.attention.polynomial.SLAB", 1 << 14)
+    monkeypatch.setattr("structc.attention.feature_sums.SLAB", 1 << 14)
+    monkeypatch.setattr("structc.attention.toeplitz_polynomial.SLAB", 1 << 14)
     monkeypatch.setattr("structc.softmax.ELEMENTS", 1 << 14)
     monkeypatch.setattr("structc.attention.row_column_toeplitz.SLAB", 1 << 14)
     small, large = (largest_tensor(LONG[name](n), n) for n in (1024, 4096))
