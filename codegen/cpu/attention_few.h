@@ -28,21 +28,37 @@ static inline void fold_all(Vector* v) {
   if constexpr (H > 1) fold_all<H / 2>(v);
 }
 
+// Words of a row from word `at` on, zero past its end.
+static inline Word some_words(const T* row, int64_t at, int64_t count) {
+  const int64_t left = count - at * PER_WORD;
+  const T* from = row + at * PER_WORD;
+  if (left >= LANES * PER_WORD) return load_words(reinterpret_cast<const uint32_t*>(from));
+#ifdef __AVX512F__
+  const uint32_t bits = static_cast<uint32_t>((1ull << left) - 1);
+  const __m512i part = PER_WORD == 1 ? _mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits), from)
+                                     : _mm512_maskz_loadu_epi16(bits, from);
+  return reinterpret_cast<Word>(part);
+#else
+  uint32_t part[LANES] = {};
+  std::memcpy(part, from, left * sizeof(T));
+  return load_words(part);
+#endif
+}
+
 // Values of a row from `at` on, zero past its end.
 static inline Vector some_values(const T* row, int64_t at, int64_t count) {
   if (at + LANES <= count) return ::widen(row + at);
+#ifdef __AVX512F__
+  const uint32_t bits = (1u << (count - at)) - 1;
+  if (PER_WORD == 1)
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), row + at));
+  const __m256i half = _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(bits, row + at));
+  return reinterpret_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#else
   T part[LANES] = {};
   std::memcpy(part, row + at, (count - at) * sizeof(T));
   return ::widen(part);
-}
-
-// Words of a row from word `at` on, zero past its end.
-static inline Word some_words(const T* row, int64_t at, int64_t count) {
-  uint32_t part[LANES] = {};
-  const int64_t first = at * PER_WORD;
-  if (first + LANES * PER_WORD <= count) return load_words(reinterpret_cast<const uint32_t*>(row + first));
-  std::memcpy(part, row + first, (count - first) * sizeof(T));
-  return load_words(part);
+#endif
 }
 
 struct Few : Tile {
