@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +21,8 @@ from structc.numerics import relative_error
 from structc.records import Refusal
 from structc.softmax import NOTHING, Extras, Softmax, softmax_reference
 
+FEW = 4
+"""Queries that keys and values are not packed for (``attention_few.h``)."""
 PANEL, EXTRA = 64, 4
 """Keys packed together, and words beside them (``attention.h``)."""
 TILE, BLOCK_TILES = 48, (64, 48, 96, 80, 32)
@@ -70,7 +73,7 @@ def emit(dtype: torch.dtype) -> str:
     """The C++ source of the library of a dtype."""
     included = "".join(f"#include <{name}>\n" for name in _INCLUDED)
     names = list(dict.fromkeys([*product_pieces(dtype)[:1], "words", *product_pieces(dtype)[1:]]))
-    names += [f"attention_{DTYPES[dtype]}", "attention"]
+    names += [f"attention_{DTYPES[dtype]}", "attention", "attention_few"]
     folder = resources.files("structc.codegen.cpu")
     parts = [folder.joinpath(f"{name}.h").read_text() for name in names]
     return "\n".join([f"// structc attention kernel {DTYPES[dtype]}", included, *parts])
@@ -107,7 +110,10 @@ class AttentionKernel:
         b, h, n, d = q.shape
         _, g, m, dv = v.shape
         threads = torch.get_num_threads()
-        packed, tile = _layout(self.dtype, (b, g, m, d, dv), threads, form)
+        packed: Tensor | None = None
+        tile = TILE
+        if n > FEW:
+            packed, tile = _layout(self.dtype, (b, g, m, d, dv), threads, form)
         sizes = [b, h, h // g, n, m, d, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
         sizes += o.stride()[:3]
         sizes += (form.causal, form.offset, form.window, form.sinks, threads, tile)
@@ -120,18 +126,19 @@ class AttentionKernel:
                 return False
             rest = _contiguous(extras)
             sizes += _given(Extras(*rest), form)
-        pointers: list[int | None] = [t.data_ptr() for t in (q, k, v, o, lse)]
-        pointers += [None if t is None else t.data_ptr() for t in (*rest, packed)]
+        pointers = [t.data_ptr() for t in (q, k, v, o, lse)]
+        pointers += [0 if t is None else t.data_ptr() for t in (*rest, packed)]
         failed = self.function(
-            _SIZES(*sizes), _POINTERS(*pointers), _REALS(form.scale, form.softcap)
+            _SIZES.pack(*sizes), _POINTERS.pack(*pointers), _REALS.pack(form.scale, form.softcap)
         )
         if failed:
             raise RuntimeError(f"emitted attention kernel failed ({failed})")
         return True
 
 
-_COUNT = 40
-_SIZES, _POINTERS, _REALS = ctypes.c_int64 * _COUNT, ctypes.c_void_p * 11, ctypes.c_float * 2
+_COUNT = 38
+_SIZES, _POINTERS, _REALS = struct.Struct(f"{_COUNT}q"), struct.Struct("11P"), struct.Struct("2f")
+"""Bytes are made in a quarter of the time that an array of ctypes takes."""
 _PLAIN = (0,) * 13
 """What is said of extras where there are none."""
 

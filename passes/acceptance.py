@@ -259,7 +259,8 @@ def _raced(
 
 def _unattended(lab: Lab, table: Table, settled: Settled) -> Settled:
     """The same product, said to compute attention as it was: only graphs know another way."""
-    lab.forget_attention("the model runs fastest without graphs, where attention is the user's")
+    why = "the model runs fastest without graphs, where attention is the user's"
+    lab.forget_attention(why, hooked=False)
     attended = {s.name for s in lab.sites.attention}
     now = [
         dense_of(table[site]) if site in attended else chosen_of(settled.plan, table, site)

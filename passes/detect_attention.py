@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from structc.attention_records import AttentionCase, AttentionSite
+from structc.passes.attention_hook import hook_refused, hooked
 from structc.passes.attention_parts import SDPA
 from structc.passes.attention_softmax import head_dim_of
 from structc.passes.guards import resize_inputs
@@ -36,6 +37,7 @@ def attention_sites(
     """
     masks: dict[torch.fx.Node, str] = {}
     many: dict[str, int] = {}
+    cause = "" if runs else hook_refused(captured.tree)
     for node in region.graph.graph.nodes:
         if node.op != "call_function":
             continue
@@ -49,11 +51,7 @@ def attention_sites(
             yield _left(node, name, region, replace(found, site=name))
         else:
             site = _site(node, name, found, region, captured, masks)
-            if not runs:
-                reason = "no graph of its module could be exported"
-                refusal = Refusal(name, "attention", "NOT_EXPORTED", reason)
-                site = replace(site, case=None, refusal=refusal)
-            yield site
+            yield site if runs else hooked(site, captured.tree, cause)
 
 
 def _site(

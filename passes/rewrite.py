@@ -13,6 +13,7 @@ from torch import nn
 from structc.attention_records import AttentionSite
 from structc.families import AbstractFamily, Dense
 from structc.passes.activation import following_activation
+from structc.passes.attention_hook import use_hook
 from structc.passes.chains import find_chains, fuse
 from structc.passes.clone import clone_tree, replace_modules
 from structc.passes.filters import use_filters
@@ -64,6 +65,7 @@ def rewrite(
                   linear(x, W, b) [-> act]  -->  structc::dense(x, W, b, act)
                   softmax(q k^T + mask) v   -->  structc::attention(q, k, v, ...)
                   softmax(q k^T + mask) v   -->  structc::attention_by_head(q, k, v, ...)
+        and where no graph has an attention, what :func:`structc.passes.attention_hook.hooked` says
     Sound because: the operator computes the family's matrix, bias and activation, which tests
         compare with its dense form; an activation is taken in only if it is the product's only use.
     Skips when:   a site is not in ``modules``; an activation has other readers; an attention has no
@@ -81,7 +83,10 @@ def rewrite(
     leaves.pop("", None)
     replace_modules(tree, leaves)
     runners, used = [], set()
-    attended = [a for a in sites.attention if a.kernel or a.by_head]
+    attended = [a for a in sites.attention if (a.kernel or a.by_head) and not a.hooked]
+    through = [a.name for a in sites.attention if a.kernel and a.hooked]
+    if through:
+        use_hook(tree, through)
     for region in captured.regions:
         inside = [a for a in attended if a.node.region == region.path]
         graph = _rewrite_graph(region, tree, by_name, modules, places, inside)

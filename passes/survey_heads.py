@@ -41,7 +41,7 @@ def by_head_refused(site: AttentionSite) -> Refusal | None:
         is a window already, a cap or a sink, or its queries are not its keys.
     """
     case = site.case
-    if case is None:
+    if case is None or site.hooked:
         return site.refusal or _refuse(site, "NOT_EXPORTED", "its graph is no part of the product")
     form = Softmax.parse(case.form)
     if case.mask or case.lags or case.sink or form.softcap or form.window or form.offset:

@@ -123,10 +123,17 @@ class Lab:
         """Whether some attention is computed another way than in its graph."""
         return any(site.kernel for site in self.sites.attention)
 
-    def forget_attention(self, why: str) -> None:
-        """Let products compute attention as the graphs do."""
+    def forget_attention(self, why: str, *, hooked: bool = True) -> None:
+        """Let products compute attention as the graphs do.
+
+        Args:
+            hooked: whether that holds for attention outside of graphs too.
+        """
         kept = []
         for site in self.sites.attention:
+            if site.hooked and not hooked:
+                kept.append(site)
+                continue
             refusal = (
                 Refusal(site.name, "attention", "VERIFY", why) if site.kernel else site.refusal
             )

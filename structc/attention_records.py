@@ -112,6 +112,7 @@ class AttentionSite:
             heads that take a method then (:func:`structc.attention.by_head.groups_of`).
         head_rows: what is known of each head, where calibration data reached it.
         by_head: the groups of the product; ``""`` where every head is exact.
+        hooked: whether it is computed by the hook that the model's library offers, in no graph.
     """
 
     name: str
@@ -132,3 +133,4 @@ class AttentionSite:
     levels: Mapping[int, str] = field(default_factory=dict)
     head_rows: tuple[HeadRow, ...] = ()
     by_head: str = ""
+    hooked: bool = False

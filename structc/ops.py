@@ -195,14 +195,16 @@ def watched(tensors: Sequence[Tensor]) -> bool:
     ):
         return True
     graph, batched = torch.is_grad_enabled(), torch._C._functorch.is_legacy_batchedtensor
-    return any(
-        type(t) not in _PLAIN
-        or (graph and t.requires_grad)
-        or t.is_neg()
-        or t._is_zerotensor()
-        or batched(t)
-        for t in tensors
-    )
+    for t in tensors:  # a generator would take as long as all the questions
+        if (
+            type(t) not in _PLAIN
+            or (graph and t.requires_grad)
+            or t.is_neg()
+            or t._is_zerotensor()
+            or batched(t)
+        ):
+            return True
+    return False
 
 
 # ---------------------------------------------------------------------------- implementations

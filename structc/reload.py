@@ -18,6 +18,7 @@ from structc.boundary import public_boundary
 from structc.compiled import CompiledModel, Handle, wrap
 from structc.errors import ArtifactCorrupt, ArtifactMismatch
 from structc.families import BY_NAME, AbstractFamily, Dense
+from structc.passes.attention_hook import hook_refused
 from structc.passes.capture import export_region
 from structc.passes.clone import clone_tree
 from structc.passes.filters import use_filters
@@ -53,6 +54,7 @@ def load(path: str | Path, model: nn.Module) -> CompiledModel:
         filters = _filters(tree, manifest.get("filters", []), Path(path))
         regions = _regions_again(tree, manifest, Path(path))
         _check_nodes(regions, sites, Path(path))
+        sites = _hookable(tree, sites)
         captured = Captured(tree, Call((), {}), regions, None, {}, ())
         replaced = set(manifest["replaced"])
         modules = {
@@ -85,6 +87,16 @@ def _filters(tree: nn.Module, names: Any, path: Path) -> tuple[str, ...]:
         )
     use_filters(tree, names)
     return tuple(names)
+
+
+def _hookable(tree: nn.Module, sites: Sites) -> Sites:
+    """The sites, their attention as the model has it where the interface cannot be used now."""
+    cause = hook_refused(tree) if any(a.hooked for a in sites.attention) else ""
+    if not cause:
+        return sites
+    log.warning("load: attention stays as the model has it: %s", cause)
+    kept = (replace(a, kernel="") if a.hooked else a for a in sites.attention)
+    return replace(sites, attention=tuple(kept))
 
 
 def _materialise_meta(tree: nn.Module) -> None:
@@ -141,6 +153,8 @@ def _check_nodes(regions: Sequence[Region], sites: Sites, path: Path) -> None:
                 )
     graphs = {r.path: {n.name: n for n in r.graph.graph.nodes} for r in regions}
     for place in sites.attention:
+        if place.hooked:
+            continue
         node = graphs.get(place.node.region, {}).get(place.node.node)
         if place.node.region in graphs and (node is None or not _is_attention(node)):
             raise ArtifactCorrupt(

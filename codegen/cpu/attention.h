@@ -584,7 +584,11 @@ static void pack_head(const Call& c, int64_t bh, uint32_t* at) {
   for (int64_t panel = 0; panel < c.panels(); ++panel) pack(c, bh / kv_heads, bh % kv_heads, panel, at);
 }
 
+constexpr int64_t FEW = 4;  // queries that keys and values are not packed for
+static int32_t attend_few(const Call& c);
+
 static int32_t attend(const Call& c) {
+  if (c.nq && c.nq <= FEW) return attend_few(c);
   const Plan plan(c);
   const int64_t kv_heads = c.heads / c.group, many = c.batch * kv_heads, tiles = plan.tiles(c);
   std::atomic<int64_t> next{0};

@@ -215,7 +215,8 @@ def _attention_from(data: Mapping[str, Any]) -> AttentionSite:
     groups = str(data.get("by_head", ""))
     if groups:
         groups_of(groups)  # an InternalError if it is none
-    return replace(site, kernel=data["kernel"], by_head=groups)
+    hooked = bool(data.get("hooked", False))
+    return replace(site, kernel=data["kernel"], by_head=groups, hooked=hooked)
 
 
 def _window_from(data: Mapping[str, Any]) -> Window:

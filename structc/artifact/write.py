@@ -173,6 +173,7 @@ def _attention_data(site: AttentionSite) -> dict[str, Any]:
         "node": [site.node.region, site.node.node],
         "kernel": site.kernel,
         "by_head": site.by_head,
+        "hooked": site.hooked,
     }
 
 

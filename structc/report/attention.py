@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from structc.records import Candidate, Plan, Verification
 
 Json = dict[str, Any]
+THROUGH = "through transformers' attention interface"
 METHODS = (
     "uniform",
     "window_sinks",
@@ -58,7 +59,7 @@ def attention_data(
         "head_dim": site.head_dim,
         "length": site.length,
         "proven": site.proven,
-        "kernel": site.kernel,
+        "kernel": f"{site.kernel} {THROUGH}" if site.kernel and site.hooked else site.kernel,
         "dense_ms": None if price is None else finite(price.baseline_ms),
         "chosen_ms": _chosen_ms(site, chosen),
         "baseline": "" if price is None else price.baseline,

@@ -32,7 +32,7 @@ def anything(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Softmax
     pick = random.choice
     b, g = pick([1, 2, 3]), pick([1, 2, 3])
     h = g * pick([1, 1, 2, 4])
-    n = pick([1, 2, 7, 16, 47, 48, 49, 97, 200])
+    n = pick([1, 2, 3, 4, 5, 7, 16, 47, 48, 49, 97, 200])
     m = pick([n, 1, 5, 63, 64, 65, 190, 301])
     d, dv = pick([8, 16, 20, 33, 64, 80, 128, 256]), pick([8, 17, 64, 72])
     window = pick([0, 0, 1, 17, 64, 100])
@@ -83,6 +83,35 @@ def test_kernel_matches_the_reference(dtype: torch.dtype) -> None:
         told = f"{form} {[tuple(t.shape) for t in (q, k, v)]} {[t is not None for t in extras]}"
         assert relative_error(o, want[0]) < LIMIT[dtype], told
         assert relative_error(lse, want[1]) < LIMIT[dtype], told
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_queries_on_many_keys(dtype: torch.dtype, threads: int) -> None:
+    """Ranges of keys are shared among threads, and put together."""
+    kernel, before = kernel_of(dtype), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n, m, h, g, d in ((1, 3001, 9, 3, 64), (4, 2048, 40, 1, 33), (2, 4097, 4, 4, 80)):
+            q = torch.randn(1, h, n, d).to(dtype)
+            k, v = torch.randn(2, 1, m, g, d).transpose(2, 3).to(dtype).unbind(0)
+            hidden = torch.arange(m)[None] >= 700
+            k, v = (t.masked_fill(~hidden[:, None, :, None], torch.nan) for t in (k, v))
+            window = Softmax(d**-0.5, causal=True, offset=m - n, window=1111, sinks=70)
+            for form, extras in (
+                (window, Extras(keys=hidden)),
+                (Softmax(d**-0.5, causal=True, offset=m - n), Extras(keys=hidden)),
+                (Softmax(1.0, causal=True, offset=900), Extras(keys=hidden, sink=torch.randn(h))),
+                (Softmax(d**-0.5, causal=True, offset=3), Extras(keys=hidden)),
+                (Softmax(0.2, softcap=3.0), Extras(torch.randn(1, h, 1, m), keys=hidden)),
+            ):
+                o, lse = q.new_full((1, h, n, d), torch.nan), torch.full((1, h, n), torch.nan)
+                assert kernel.into(q, k, v, form, extras, o, lse)
+                want = softmax_reference(q.double(), k.double(), v.double(), form, extras)
+                assert relative_error(o, want[0]) < LIMIT[dtype], str(form)
+                assert relative_error(lse, want[1]) < LIMIT[dtype], str(form)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
