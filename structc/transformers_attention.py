@@ -86,9 +86,9 @@ def attention(
     Returns:
         The output ``(B, n_q, H, d_v)``, and no weights.
 
-    Skips when: one query meets so few keys that PyTorch is as fast; a gradient is wanted, weights are dropped, something traces, the mask was made by
-        someone else or written to since, or an argument is not known: then it is what
-        transformers does for ``"sdpa"``.
+    Skips when: one query meets so few keys that PyTorch is as fast; a gradient is wanted, weights
+        are dropped, something traces, the mask was made by someone else or written to since, or an
+        argument is not known: then it is what transformers does for ``"sdpa"``.
     """
     known = MARK in module.__dict__ and not dropout and _known(kwargs)
     if known and _plain(query, key, value):
@@ -168,6 +168,8 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
         counted = torch.inference_mode(False)
     with counted:
         made = theirs(**kwargs)
+        if made is not None and made.shape[-2] == 1:
+            made = made.contiguous()  # generate() asks for that, and a copy would know nothing
         seen = None if made is None else _seen_by(made, **kwargs)
     if seen is not None:
         setattr(made, _SEEN, seen)
@@ -221,7 +223,7 @@ def _window_of(function: Callable[..., Any]) -> int | None:
 
 def _held(function: Callable[..., Any], code: CodeType) -> Any:
     """The one value that a closure of this code holds; None for other code."""
-    cells = getattr(function, "__closure__", None) or ()
+    cells = list(getattr(function, "__closure__", None) or ())
     if getattr(function, "__code__", None) is not code or len(cells) != 1:
         return None
     return cells[0].cell_contents
