@@ -122,7 +122,7 @@ def test_the_operator_is_a_good_one() -> None:
 
 
 def test_gradients_are_those_of_the_methods() -> None:
-    q, k, v = (t[:1, :, :12].requires_grad_() for t in inputs(12))
+    q, k, v = (t[:1, :, :5].requires_grad_() for t in inputs(5))
     text = "window_sinks(window=3,scale=0.25)@1..20:0;uniform(is_causal=True)@1..20:2"
 
     def run(*given: torch.Tensor) -> torch.Tensor:
