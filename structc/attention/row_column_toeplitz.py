@@ -15,13 +15,15 @@ from structc.attention.toeplitz import diagonal_sums, toeplitz_times
 from structc.errors import ConfigError
 from structc.records import Refusal
 
-FAINT, FAINTER = 1e-3, 1e-5
+FAINT, FAINTER = 4e-3, 1e-5
 """Row sums, over the product of both norms, below which float32, and then float64, are too few."""
-STEPS, NARROW = 60, 1e-26
-"""Of the fit, at most; and the squared residual, over the first one, that ends it."""
+STEPS, NARROW, FLOAT32 = 60, 1e-26, 1e-16
+"""Of the fit, at most; and the squared residual, over the first one, that ends it; of float32."""
 FLAT = 1e-6
 """Curvature of the normal matrix, its diagonal being 1, that only its null space has."""
-SLOPES = 40
+FEW = 64
+"""Faint rows of a head that float32 has computed one by one: early ones, with few keys."""
+SLOPES = 20
 """Steps of the search for a slope."""
 SLAB = 1 << 20
 """Weights of faint rows that exist at a time."""
@@ -53,15 +55,16 @@ class RowColumnToeplitz(AbstractMethod):
 
     The fit is least squares over every visible score, and no score is computed for it: sums of rows
     and of columns are products with running sums of k and of q, sums of diagonals a correlation by
-    FFT, and the normal equations depend on the length alone; 20 steps of conjugate gradients, each
-    a few running sums, solve them. What is free in them, a line that t takes from c, goes where
+    FFT, and the normal equations depend on the length alone; 10 to 20 steps of conjugate gradients,
+    each a few running sums, solve them. What is free in them, a line that t takes from c, goes where
     both have the least range.
 
     The fit looks at the scores of all queries: where something is dropped, later tokens move the
     weights of earlier rows, though never beyond the diagonal. Not for training on next tokens.
 
     An FFT's error is absolute. Rows whose sum is faint beside ``|e^c| |e^t|`` are found by that
-    ratio: float32 goes on in float64, and what is faint there is computed row by row.
+    ratio: float32 computes few of them row by row and with many goes on in float64, where what is
+    faint still is computed row by row.
 
     Args:
         is_causal: whether later keys are hidden.
@@ -105,6 +108,8 @@ class RowColumnToeplitz(AbstractMethod):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output alone: row sums of the true scores cost as much again."""
         check_qkv(q, k, v)
+        if 0 in (q.shape[2], k.shape[2]):
+            return super().__call__(q, k, v)
         return self._applied(self.fit(q, k), v)[0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +137,12 @@ class RowColumnToeplitz(AbstractMethod):
             rows, columns = queries @ keys.sum(1)[..., None], keys @ queries.sum(1)[..., None]
             rows, columns = rows[..., 0], columns[..., 0]
         lags = diagonal_sums(queries, keys, 0 if self.is_causal else 1 - n)
-        found = _Nearest.apply(torch.cat([rows, columns, lags], 1), n, self.is_causal)
+        found = _Nearest.apply(
+            torch.cat([rows, columns, lags], 1),
+            n,
+            self.is_causal,
+            NARROW if q.dtype == torch.float64 else FLOAT32,
+        )
         r, c, t = found.split([n, n, found.shape[1] - 2 * n], 1)
         first = 0 if self.is_causal else 1 - n
         place, lag = (torch.arange(a, n, dtype=torch.float64) for a in (0, first))
@@ -183,21 +193,27 @@ class RowColumnToeplitz(AbstractMethod):
 
 
 def _slope(c: Tensor, t: Tensor, place: Tensor, lag: Tensor) -> Tensor:
-    """The line with which the larger range of c and of t is least: the sum is convex in it."""
+    """The line with which the larger range of c and of t is least: the sum is convex in it.
 
-    def spread(a: Tensor) -> Tensor:
-        both = [c + a * place, t + a * lag]
-        ranges = [x.amax(1, keepdim=True) - x.amin(1, keepdim=True) for x in both]
-        return torch.maximum(*ranges)
-
+    Bisection on the sign of its derivative, which is the distance of the two ends of that range.
+    """
+    ranges = [x.amax(1, keepdim=True) - x.amin(1, keepdim=True) for x in (c, t)]
     # steeper, and the line alone has more range than there is without one
-    far = 4 * spread(torch.zeros_like(c[:, :1])) / max(1, len(place) - 1)
-    low, high = -far, far
+    high = 4 * torch.maximum(*ranges) / max(1, len(place) - 1)
+    low = -high
     for _ in range(SLOPES):
-        a, b = low + (high - low) / 3, high - (high - low) / 3
-        left = spread(a) < spread(b)
-        low, high = torch.where(left, low, a), torch.where(left, b, high)
+        slope = (low + high) / 2
+        (in_c, rise_c), (in_t, rise_t) = _spread(c, slope, place), _spread(t, slope, lag)
+        up = torch.where(in_c > in_t, rise_c, rise_t) > 0
+        low, high = torch.where(up, low, slope), torch.where(up, slope, high)
     return (low + high) / 2
+
+
+def _spread(x: Tensor, slope: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Range of ``x + slope place``, and how it grows with the slope."""
+    tilted = torch.addcmul(x, slope, place)
+    (top, first), (bottom, last) = tilted.max(1, keepdim=True), tilted.min(1, keepdim=True)
+    return top - bottom, place[first] - place[last]
 
 
 def _convolved(
@@ -215,18 +231,19 @@ def _convolved(
     sums = y[..., -1]
     limit = faint * t.detach().norm(dim=1) * c.detach().norm(dim=1)
     lost = ~(sums.detach() > limit[:, None])
-    if bool(lost.any()) and wide != torch.float64:
+    if wide != torch.float64 and int(lost.sum()) > FEW * len(lost):
         return None
     sums = sums.masked_fill(lost, 1)
     o, lse, mean = y[..., :-1] / sums[..., None], sums.log() + top_c + top_t, mean / sums + top_t
     for head in lost.any(1).nonzero().flatten().tolist():
         for at in lost[head].nonzero().flatten().split(max(1, SLAB // n)):
-            lags = fit.lags[head, at[:, None] - torch.arange(n) + n - 1]
-            scores = fit.columns[head] + lags
+            reach = n if bool(seen[head, 0]) else int(at[-1]) + 1  # causal: early rows see few keys
+            lags = fit.lags[head, at[:, None] - torch.arange(reach) + n - 1]
+            scores = fit.columns[head, :reach] + lags
             total = scores.logsumexp(1)
             weights = (scores - total[:, None]).exp()
             row = (torch.tensor(head), at)
-            o = o.index_put(row, weights @ values[head])
+            o = o.index_put(row, weights.to(wide) @ values[head, :reach])
             lse = lse.index_put(row, total)
             mean = mean.index_put(row, (weights * lags.masked_fill(lags == -torch.inf, 0)).sum(1))
     return o, lse, mean
@@ -240,15 +257,15 @@ class _Nearest(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, b: Tensor, n: int, causal: bool) -> Tensor:
-        ctx.rest = n, causal
+    def forward(ctx: Any, b: Tensor, n: int, causal: bool, narrow: float) -> Tensor:
+        ctx.rest = n, causal, narrow
         scale = _counts(n, causal).rsqrt()
         left = b * scale
         x, along = torch.zeros_like(left), left
         size = left.square().sum(1, keepdim=True)
         first = size
         for _ in range(STEPS):
-            if not bool((size > NARROW * first).any()):
+            if not bool((size > narrow * first).any()):
                 break
             pushed = scale * _normal(scale * along, n, causal)
             bend, length = (
@@ -264,8 +281,8 @@ class _Nearest(torch.autograd.Function):
         return x * scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _Nearest.apply(grads[0], *ctx.rest), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Nearest.apply(grads[0], *ctx.rest), None, None, None
 
 
 def _counts(n: int, causal: bool) -> Tensor:
@@ -284,9 +301,7 @@ def _normal(x: Tensor, n: int, causal: bool) -> Tensor:
         rows = r.flip(1).cumsum(1).flip(1)
         others = [columns + lags, rows + lags.flip(1), rows + columns.flip(1)]
     else:
-        lags = _windows(t, n)
-        rows = _windows(F.pad(r, (n - 1, n - 1)), n)
-        columns = _windows(F.pad(c, (n - 1, n - 1)), n).flip(1)
+        lags, rows, columns = _windows(t, n), _prefixes(r), _prefixes(c).flip(1)
         all_c, all_r = c.sum(1, keepdim=True), r.sum(1, keepdim=True)
         others = [all_c + lags, all_r + lags.flip(1), rows + columns]
     return _counts(n, causal) * x + torch.cat(others, 1)
@@ -296,3 +311,9 @@ def _windows(x: Tensor, n: int) -> Tensor:
     """Sums of n neighbours."""
     running = F.pad(x.cumsum(1), (1, 0))
     return running[:, n:] - running[:, :-n]
+
+
+def _prefixes(x: Tensor) -> Tensor:
+    """Sums of n neighbours of n numbers with n - 1 zeros on both sides."""
+    running = x.cumsum(1)
+    return torch.cat([running, running[:, -1:] - running[:, :-1]], 1)

@@ -6,7 +6,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-SLAB = 1 << 20
+SLAB = 1 << 17
 """Numbers that are transformed at a time."""
 
 

@@ -343,6 +343,16 @@ def test_rows_columns_and_lags_are_found(n: int, causal: bool, loud: float) -> N
     assert float(gap.max()) < 1e-3
 
 
+def test_early_rows_are_not_lost_beside_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 each is right to its own size, whether rows alone or all are done again."""
+    q, k, v = (t.float() for t in summed(2000, 1.0))
+    want = exact(q.double(), k.double(), v.double(), is_causal=True)
+    for few in (2000, 0):
+        monkeypatch.setattr("structc.attention.row_column_toeplitz.FEW", few)
+        gap = (RowColumnToeplitz()(q, k, v) - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(gap.max()) < 1e-3 and float(gap[..., :3].max()) < 1e-5
+
+
 def test_what_is_no_sum_is_told() -> None:
     q, k, v = summed(60, 1.0, noise=0.3)
     method = RowColumnToeplitz()
