@@ -56,8 +56,8 @@ class RowColumnToeplitz(AbstractMethod):
     The fit is least squares over every visible score, and no score is computed for it: sums of rows
     and of columns are products with running sums of k and of q, sums of diagonals a correlation by
     FFT, and the normal equations depend on the length alone; 10 to 20 steps of conjugate gradients,
-    each a few running sums, solve them. What is free in them, a line that t takes from c, goes where
-    both have the least range.
+    each a few running sums, solve them. What is free in them, a line that t takes from c, goes
+    where both have the least range.
 
     The fit looks at the scores of all queries: where something is dropped, later tokens move the
     weights of earlier rows, though never beyond the diagonal. Not for training on next tokens.
