@@ -29,7 +29,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("names", "progress", "reference", "timing", "trace"),
     ("inputs", "ops", "budget", "workdir"),
     ("filters", "attend"),
-    ("families", "attention", "metrics"),
+    ("families", "attention", "metrics", "transformers_attention"),
     ("recognition",),
     ("passes", "codegen", "compiled", "report"),
     ("artifact", "options"),
