@@ -117,7 +117,8 @@ def attention(
 def _known(kwargs: dict[str, Any]) -> bool:
     if not kwargs.keys() <= IGNORED:
         return False
-    return not any(kwargs.get(name) for name in _READ)
+    given = [kwargs[name] for name in _READ if name in kwargs]
+    return all(value is None or value is False for value in given)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -142,6 +142,27 @@ def test_what_is_not_served_is_transformers_own() -> None:
     assert ops.call_count() <= calls + 2
 
 
+def test_arguments_that_are_not_known() -> None:
+    module = nn.Module()
+    module.__dict__[ours.MARK] = True
+    q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
+    bias = torch.randn(1, 4, 6, 6)
+    for more, less in (
+        ({}, 1),
+        ({"sliding_window": 3, "output_attentions": False, "softcap": None}, 1),
+        ({"position_bias": bias}, 0),
+        ({"something": 1}, 0),
+        ({"dropout": 0.5}, 0),
+    ):
+        calls = ops.call_count()
+        o, weights = ours.attention(module, q, k, k, None, **more)  # type: ignore[arg-type]
+        assert ops.call_count() - calls == less and weights is None and o.shape == (1, 6, 4, 8)
+    for scale, causal in ((None, None), (0.7, False), (0.7, True)):
+        o, _ = ours.attention(module, q, k, k, None, scaling=scale, is_causal=causal)
+        other = AttentionInterface()["sdpa"](module, q, k, k, None, scaling=scale, is_causal=causal)
+        assert torch.allclose(o, other[0], atol=1e-6) and o.stride() == other[0].stride()
+
+
 def masked(function: Any, keys: Tensor | None = None, offset: int = 3) -> Tensor:
     made = ours.mask(
         batch_size=2,
