@@ -144,8 +144,18 @@ def _heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some heads of queries, each with its own of keys and values."""
     group = q.shape[1] // k.shape[1]
-    at = [h // group for h in heads]
-    return q[:, heads], k[:, at], v[:, at]
+    at = tuple(h // group for h in heads)
+    return _some(q, heads), _some(k, at), _some(v, at)
+
+
+def _some(t: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads: a view where they are neighbours or one and the same."""
+    first, count = heads[0], len(heads)
+    if heads == tuple(range(first, first + count)):
+        return t[:, first : first + count]
+    if heads[-1] == first:
+        return t[:, first : first + 1].expand(-1, count, -1, -1)
+    return t[:, heads]
 
 
 def _impl(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, form: str, heads: str) -> Tensor:
