@@ -146,11 +146,11 @@ class Log:
 def keep(sites: Sites, options: Options, notes: Log) -> Sites:
     """Leave out what the user wants left alone; patterns that match nothing are errors."""
     every = [s.name for s in (*sites.linear, *sites.convolutions)]
-    every += [s.name for s in sites.attention]
     known = [*every, *(r.site for r in sites.refusals)]
+    attended = [s.name for s in sites.attention]
     dropped: set[str] = set()
     for pattern in options.ignore:
-        dropped |= set(names.select(pattern, known, "ignore"))
+        dropped |= set(names.select(pattern, [*known, *attended], "ignore"))
     if options.budget.exact and any(c not in (None, Dense.name) for c in options.config.values()):
         raise ConfigError(
             "config: structured forms are asked for, the budget takes exact rewrites alone",

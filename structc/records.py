@@ -277,7 +277,7 @@ class Plan:
     """What to do at each site, and what that is predicted to bring.
 
     Attributes:
-        choices: a decision for every linear site.
+        choices: a decision for every linear site, and for attention whose heads may take methods.
         predicted_ms, dense_ms: sums over the sites.
         predicted_error: square root of the sum of squared (sensitivity * site error).
         points: the plans that selection compared.

@@ -231,3 +231,10 @@ def test_without_graphs_attention_is_as_it_was(monkeypatch: pytest.MonkeyPatch) 
     (row,) = fast.report.to_dict()["attention"]
     assert not row["kernel"] and not row["by_method"] and "without graphs" in row["why"]
     assert torch.equal(fast(tokens(3)), model(tokens(3)))
+
+
+def test_an_attention_can_be_left_alone() -> None:
+    (row,) = structc.inspect(Planted(), tokens(0)).to_dict()["attention"]
+    assert not row["why"].startswith("IGNORED")
+    (row,) = structc.inspect(Planted(), tokens(0), ignore=[row["name"]]).to_dict()["attention"]
+    assert row["why"].startswith("IGNORED") and not row["kernel"]
