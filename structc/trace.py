@@ -20,6 +20,7 @@ STAGES = (
     "calibrate",
     "price",
     "fit",
+    "heads",
     "select",
     "rewrite",
     "heal",

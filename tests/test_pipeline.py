@@ -771,7 +771,7 @@ def test_the_second_run_takes_up_the_first_ones_work(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("finished work was done again")
 
-    monkeypatch.setattr("structc.passes.calibrate._forward", never)
+    monkeypatch.setattr("structc.passes.calibrate.forward", never)
     monkeypatch.setattr(LowRank, "curve", never)
     second = structc.compile(mlp(), inputs(512), **options)
     assert {n: str(c) for n, c in second.plan.choices.items()} == {
