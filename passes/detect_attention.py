@@ -22,6 +22,7 @@ from structc.passes.attention_parts import SDPA
 from structc.passes.attention_softmax import head_dim_of
 from structc.passes.guards import resize_inputs
 from structc.passes.rewrite_attention import Planned, planned
+from structc.passes.rotary import angles, rotates
 from structc.records import Captured, DimGuard, NodeRef, Refusal, Region
 
 log = logging.getLogger("structc.detect")
@@ -84,6 +85,7 @@ def _site(
         proven=found.proven,
         nodes=tuple(n.name for n in parts.nodes),
         case=case,
+        rotary=_rotary((parts.q.node, parts.k.node), region, captured),
     )
 
 
@@ -146,6 +148,17 @@ def _size(node: Any, dim: int) -> int:
     if not isinstance(value, Tensor) or value.dim() < -dim:
         return 1
     return _hint(value.shape[dim])
+
+
+def _rotary(operands: tuple[torch.fx.Node, ...], region: Region, captured: Captured) -> bool:
+    """Whether queries and keys are both turned by angles of their positions."""
+    turned = [angles(o) for o in operands]
+    if None in turned:
+        return False
+    known = {n for found in turned if found is not None for n in found}
+    leaves = pytree.tree_leaves((region.example.args, region.example.kwargs))
+    value = {n: _evaluate(n, region, captured, leaves) for n in known}
+    return all(rotates([value[n] for n in found]) for found in turned if found is not None)
 
 
 # ---------------------------------------------------------------------------- masks

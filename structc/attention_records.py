@@ -102,6 +102,7 @@ class AttentionSite:
         scale: the factor on the scores, if it is constant.
         heads, kv_heads, head_dim, length: of the example inputs.
         proven: what the graph proves of its mask, at every length.
+        rotary: whether queries and keys are rotated by their positions (RoPE); it stays as it is.
         nodes: everything between scores and output.
         case: what its time depends on; None if it is not rewritten.
         kernel: what computes it in the product: ``"structc"``, ``"torch"`` for PyTorch's operator
@@ -134,3 +135,4 @@ class AttentionSite:
     head_rows: tuple[HeadRow, ...] = ()
     by_head: str = ""
     hooked: bool = False
+    rotary: bool = False

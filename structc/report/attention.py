@@ -59,6 +59,7 @@ def attention_data(
         "head_dim": site.head_dim,
         "length": site.length,
         "proven": site.proven,
+        "rotary": site.rotary,
         "kernel": f"{site.kernel} {THROUGH}" if site.kernel and site.hooked else site.kernel,
         "dense_ms": None if price is None else finite(price.baseline_ms),
         "chosen_ms": _chosen_ms(site, chosen),
@@ -105,7 +106,17 @@ def _head(row: HeadRow, groups: Sequence[tuple[str, tuple[int, ...], int, int]])
 
 def attention_groups(data: Json) -> list[Json]:
     """Attention ops that differ in their block's number only, with how many there are."""
-    keys = ("spelling", "mask_kind", "proven", "scale", "heads", "kv_heads", "head_dim", "length")
+    keys = (
+        "spelling",
+        "mask_kind",
+        "proven",
+        "rotary",
+        "scale",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "length",
+    )
     found: dict[tuple[Any, ...], list[Json]] = {}
     for op in data["attention"]:
         code = op["why"].partition(":")[0]
@@ -153,6 +164,12 @@ def heads(op: Json) -> str:
     """Query heads, and key/value heads where they are fewer."""
     same = op["heads"] == op["kv_heads"]
     return str(op["heads"]) if same else f"{op['heads']} / {op['kv_heads']} kv"
+
+
+def mask(op: Json) -> str:
+    """What the graph proves of the mask, or else what it showed; and whether positions rotate."""
+    text = str(op["proven"] or op["mask_kind"]).replace("_", " ")
+    return f"{text}; rotary" if op["rotary"] else text
 
 
 def method_class(method: str) -> str:

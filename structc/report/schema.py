@@ -71,7 +71,7 @@ _ATTENTION = {
     **dict.fromkeys(("dense_ms", "chosen_ms"), MAYBE),
     "why": TEXT,
     **dict.fromkeys(("error", "sensitivity"), MAYBE),
-    "rolled_back": FLAG,
+    **dict.fromkeys(("rolled_back", "rotary"), FLAG),
     "candidates": [_CANDIDATE],
     "head_rows": [_HEAD],
     **dict.fromkeys(("by_method", "heads", "kv_heads", "head_dim", "length"), WHOLE),

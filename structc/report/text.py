@@ -233,7 +233,7 @@ def _attention(data: Json, width: int) -> Iterator[Text | Table]:
         [
             row["name"],
             row["spelling"].replace("_", " "),
-            (row["proven"] or row["mask_kind"]).replace("_", " "),
+            attention.mask(row),
             attention.heads(row),
             *(str(row[k]) for k in ("head_dim", "length", "ops")),
             attention.attention_kernel(row),
