@@ -106,13 +106,17 @@ Trials = Mapping[str, Mapping[AbstractMethod, tuple[int, ...]]]
 """For each attention the methods to be tried, and on which heads."""
 
 
+Verdicts = Mapping[tuple[str, AbstractMethod], Verdict]
+"""For each attention and method what the data say, where some input was inside its use."""
+
+
 def judge(
     captured: Captured,
     sites: Sequence[AttentionSite],
     trials: Trials,
     calls: Sequence[Call],
     progress: Progress,
-) -> dict[tuple[str, AbstractMethod], Verdict]:
+) -> Verdicts:
     """Every method on its heads, on some data."""
     found: dict[tuple[str, AbstractMethod], Verdict] = {}
 

@@ -19,19 +19,28 @@ from structc.attention.stats import HeadStats
 from structc.attention_records import PER_HEAD, AttentionSite, HeadRow, HeadTrial
 from structc.codegen.head_price import WORTH, HeadPrice, price_methods
 from structc.families import Dense
+from structc.head_work import kept_stats, kept_verdicts
 from structc.options import Log, Options
 from structc.passes.calibrate import Parts
 from structc.passes.select import Table
-from structc.passes.survey_heads import Verdict, by_head_refused, form_of, judge, survey
+from structc.passes.survey_heads import (
+    Trials,
+    Verdict,
+    Verdicts,
+    by_head_refused,
+    form_of,
+    judge,
+    survey,
+)
 from structc.progress import named
-from structc.records import Candidate, Captured, Price, Refusal, Sites
+from structc.records import Call, Candidate, Captured, Price, Refusal, Sites
+from structc.workdir import WorkDir
 
 LEVELS = (10, 20, 50, 100, 200, 300)
 """Shares of a head's output that may be lost, in thousandths."""
 RECALL = 0.25
 """Induction score from which on a head stays exact."""
 Prices = Mapping[AbstractMethod, HeadPrice | Refusal]
-Verdicts = Mapping[tuple[str, AbstractMethod], Verdict]
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,11 @@ class Judged:
 
 
 def by_head_candidates(
-    captured: Captured, sites: Sites, parts: Parts, options: Options, notes: Log
+    captured: Captured, sites: Sites, parts: Parts, options: Options, work: WorkDir, notes: Log
 ) -> tuple[Sites, Table]:
     """What each attention may lose for speed: rows of the table that selection chooses from.
+
+    Statistics and verdicts are kept in ``work``, prices in the tuning database.
 
     Returns:
         The sites with what is known of their heads, and a row for each that has candidates.
@@ -97,7 +108,7 @@ def by_head_candidates(
             notes.refusals.append(replace(refusal, family=PER_HEAD))
     if options.effort == "none" or not able:
         return sites, {}
-    judged = _judged(captured, able, parts, options)
+    judged = _judged(captured, able, parts, options, work)
     table: dict[str, list[Candidate]] = {}
     known = {}
     for one in judged:
@@ -116,10 +127,14 @@ def by_head_candidates(
 
 
 def _judged(
-    captured: Captured, sites: Sequence[AttentionSite], parts: Parts, options: Options
+    captured: Captured,
+    sites: Sequence[AttentionSite],
+    parts: Parts,
+    options: Options,
+    work: WorkDir,
 ) -> list[Judged]:
     progress = options.progress
-    stats = survey(captured, sites, parts.fit, progress)
+    stats = kept_stats(work, sites, lambda some: survey(captured, some, parts.fit, progress))
     reached = [s for s in sites if s.name in stats]
     prices: dict[str, Prices] = {}
     for site in reached:
@@ -136,8 +151,14 @@ def _judged(
         }
         for s in reached
     }
-    fitted = judge(captured, reached, trials, parts.fit, progress)
-    confirmed = judge(captured, reached, trials, parts.select, progress)
+
+    def verdicts(part: str, calls: Sequence[Call]) -> Verdicts:
+        def made(some: Trials) -> Verdicts:
+            return judge(captured, reached, some, calls, progress)
+
+        return kept_verdicts(work, part, trials, made)
+
+    fitted, confirmed = verdicts("fit", parts.fit), verdicts("select", parts.select)
     return [
         Judged(s, stats[s.name], prices[s.name], trials[s.name], fitted, confirmed) for s in reached
     ]

@@ -274,7 +274,7 @@ def _stages(
         table = fitted(objectives, sites, prices, options, work, notes)
     dump("fit", table)
     with stage("heads"):
-        sites, heads = by_head_candidates(captured, sites, parts, options, notes)
+        sites, heads = by_head_candidates(captured, sites, parts, options, work, notes)
     dump("heads", [s.head_rows for s in sites.attention])
     with stage("select"):
         lab = trial.Lab(model, captured, sites, objectives, parts, options.budget, work)

@@ -87,8 +87,9 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> tuple[Captured, Sites, Parts, L
 
 def candidates(prepared: tuple[Captured, Sites, Parts, Log], **options: Any) -> tuple[Sites, Table]:
     captured, sites, parts, notes = prepared
-    options = {"budget": Budget(error=0.3), "effort": "quick", **options}
-    return heads.by_head_candidates(captured, sites, parts, resolve(**options), notes)
+    options = resolve(**{"budget": Budget(error=0.3), "effort": "quick", **options})
+    work = WorkDir(options.work_dir, {})
+    return heads.by_head_candidates(captured, sites, parts, options, work, notes)
 
 
 def test_planted_heads_are_found(prepared: tuple[Captured, Sites, Parts, Log]) -> None:
@@ -193,6 +194,26 @@ def test_nothing_is_tried_unasked(
 ) -> None:
     sites, table = candidates(prepared, **options)
     assert not table and not sites.attention[0].head_rows
+
+
+def test_work_that_is_done_is_read(
+    prepared: tuple[Captured, Sites, Parts, Log], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a folder holds is not made again, what it lost is, and the result is the same."""
+    first = str(candidates(prepared, work_dir=str(tmp_path)))  # as text: NaN is not itself
+    judged: list[int] = []
+    judge = heads.judge
+
+    def counted(*args: Any) -> Any:
+        judged.append(len(args[2]))
+        return judge(*args)
+
+    monkeypatch.setattr(heads, "survey", lambda *_: pytest.fail("surveyed again"))
+    monkeypatch.setattr(heads, "judge", counted)
+    assert str(candidates(prepared, work_dir=str(tmp_path))) == first and not judged
+    (lost,) = tmp_path.glob("heads-select-*.json")
+    lost.write_text("half a wri")
+    assert str(candidates(prepared, work_dir=str(tmp_path))) == first and judged == [1]
 
 
 def test_a_product_with_methods_is_saved_and_loaded(
