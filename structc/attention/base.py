@@ -45,7 +45,7 @@ class AbstractMethod(abc.ABC):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output ``(B, H, n_q, d_v)``; zeros without keys, as exact attention gives."""
-        if 0 in (*q.shape[2:3], *k.shape[2:3]):
+        if 0 in (*q.shape[:3], k.shape[2]):
             return exact(q, k, v, scale=self.scale)
         return self.attend(q, k, v)[0]
 
@@ -53,9 +53,14 @@ class AbstractMethod(abc.ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output, and the row sums of :attr:`certified` methods ``(B, H, n_q)``."""
 
-    @abc.abstractmethod
     def matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """The attention matrix ``(B, H, n_q, n_k)`` that the method stands for; for tests."""
+        sizes = (*q.shape[:3], k.shape[2])
+        return self._matrix(q, k) if 0 not in sizes else q.new_zeros(sizes)
+
+    @abc.abstractmethod
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
+        """:meth:`matrix` of at least one query and key."""
 
     @abc.abstractmethod
     def flops(self, queries: int, keys: int, head_dim: int) -> float:

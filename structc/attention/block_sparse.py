@@ -120,7 +120,7 @@ class BlockSparse(AbstractMethod):
             return torch.ones(rows, columns, dtype=torch.bool)
         return torch.arange(columns)[None] <= torch.arange(rows)[:, None]
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax of the scores of the blocks that are kept."""
         n, m, size = q.shape[2], k.shape[2], self.block_size
         seen = self.blocks(q, k).repeat_interleave(size, 2).repeat_interleave(size, 3)[..., :n, :m]

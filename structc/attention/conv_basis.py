@@ -245,7 +245,7 @@ class ConvBasis(AbstractMethod):
         found = per_column.gather(2, index).mT
         return found.masked_fill(lag < 0, -torch.inf)
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax of the scores of the basis."""
         n = q.shape[2]
         weights = self.scores(self.recover(q, k), n).softmax(-1)

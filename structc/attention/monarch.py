@@ -101,7 +101,7 @@ class Monarch(AbstractMethod):
         o, sums = alternate(parts, self.num_steps, self.sigma(q))
         return blocks.back(o), blocks.back(sums[..., None])[..., 0]
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """The product of both factors; merged halves where it is causal."""
         n, m = q.shape[2], k.shape[2]
         eye = torch.eye(m, dtype=q.dtype).expand(*k.shape[:2], m, m)

@@ -189,7 +189,7 @@ class Polynomial(AbstractMethod):
         """The polynomial."""
         return self.rule().f(scores)
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """``f(s)`` with rows that sum to 1."""
         queries, keys = self._prepared(q, k)
         weights = self.f(queries @ keys.mT)

@@ -108,7 +108,7 @@ class RowColumnToeplitz(AbstractMethod):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output alone: row sums of the true scores cost as much again."""
         check_qkv(q, k, v)
-        if 0 in (q.shape[2], k.shape[2]):
+        if 0 in (*q.shape[:3], k.shape[2]):
             return super().__call__(q, k, v)
         return self._applied(self.fit(q, k), v)[0]
 
@@ -169,7 +169,7 @@ class RowColumnToeplitz(AbstractMethod):
         at = torch.arange(n)[:, None] - torch.arange(n) + n - 1
         return fit.rows[..., None] + fit.columns[:, None] + fit.lags[:, at]
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax of the scores of the fit."""
         return self.scores(self.fit(q, k)).softmax(-1).unflatten(0, q.shape[:2]).to(q.dtype)
 

@@ -106,7 +106,7 @@ class SparseLowRank(AbstractMethod):
             found = found & (queries + self.window >= keys)
         return found[:, None]
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """Both parts with one normaliser."""
         n, m = q.shape[2], k.shape[2]
         scores = self.sigma(q) * (q @ k.mT)

@@ -142,7 +142,7 @@ class TiledMonarch(AbstractMethod):
         y = x.reshape(-1, f, h, w, df, dh, dw, x.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
         return y.reshape(x.shape[0], -1, x.shape[-1])
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """What comes of values that are a unit matrix."""
         m = k.shape[2]
         return self.attend(q, k, torch.eye(m, dtype=q.dtype).expand(*k.shape[:2], m, m))[0]

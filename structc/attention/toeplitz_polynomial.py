@@ -161,7 +161,7 @@ class ToeplitzPolynomial(AbstractMethod):
             t = table[:, (lag + middle).clamp(0, 2 * middle)]
         return t.masked_fill(lag < 0, -math.inf) if self.is_causal else t
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """``e^t f(s)`` with rows that sum to 1."""
         self._check(q)
         n, m = q.shape[2], k.shape[2]

@@ -55,7 +55,7 @@ class Uniform(AbstractMethod):
         lse = self.sigma(q) * (q.to(keys.dtype) * keys).sum(-1) + count.log()
         return means.to(q.dtype), lse
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """``1 / keys`` where a key is seen."""
         n, m = q.shape[2], k.shape[2]
         seen = causal_mask(n, m) if self.is_causal else torch.ones(n, m, dtype=torch.bool)

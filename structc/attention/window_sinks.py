@@ -76,7 +76,7 @@ class WindowSinks(AbstractMethod):
             return_lse=True,
         )
 
-    def matrix(self, q: Tensor, k: Tensor) -> Tensor:
+    def _matrix(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax of the scores under the mask."""
         n, m = q.shape[2], k.shape[2]
         rule = Softmax(1.0, causal=self.is_causal, window=self.window, sinks=self.sinks)

@@ -79,6 +79,14 @@ NAMES = list(SAMPLES)
 def test_no_queries_and_no_keys(name: str) -> None:
     q, k, v = qkv(0)
     assert SAMPLES[name](q, k, v).shape == (*q.shape[:3], v.shape[-1])
+    assert SAMPLES[name].matrix(q, k).shape == (*q.shape[:3], 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_sequences(name: str) -> None:
+    q, k, v = (t[:0] for t in qkv(served(SAMPLES[name], 20)))
+    assert SAMPLES[name](q, k, v).shape == (*q.shape[:3], v.shape[-1])
+    assert SAMPLES[name].matrix(q, k).shape == (*q.shape[:3], k.shape[2])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -463,6 +471,14 @@ def test_polynomial_dropout_is_for_training() -> None:
         assert torch.equal(method(q, k, v), method(q, k, v))
     q.requires_grad_()
     assert not torch.equal(method(q, k, v), method(q, k, v))
+
+
+def test_landmarks_that_are_alike_are_left_out() -> None:
+    """Means of keys are nearly one: their inverse would multiply what they get wrong."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 512, 64, generator=generator).unbind(0)
+    want = exact(0.1 * q, k, v)
+    assert (Nystrom(32)(0.1 * q, k, v) - want).norm() < 0.2 * want.norm()
 
 
 def test_window_of_all_keys_is_exact() -> None:
