@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,13 @@ class Operand:
         return tuple(empty.shape)
 
 
+class Fill(NamedTuple):
+    """What hidden scores become, and whether something is added to that."""
+
+    value: float
+    shifted: bool
+
+
 @dataclass(frozen=True)
 class Parts:
     """One attention.
@@ -64,7 +71,7 @@ class Parts:
         sink: ``(H,)``: a score in each row that meets no value.
         is_causal: whether PyTorch's flag says so.
         repeated: whether the graph repeats heads of keys for their groups.
-        floor: what hidden scores become, at most.
+        fills: what hidden scores become, one for each time.
         zeroed: whether the graph gives 0 to queries that see no key.
         fused: whether it is PyTorch's own attention operator.
         nodes: everything between the scores and the output.
@@ -82,7 +89,7 @@ class Parts:
     sink: Node | None = None
     is_causal: bool = False
     repeated: bool = False
-    floor: float = -torch.inf
+    fills: tuple[Fill, ...] = ()
     zeroed: bool = False
     fused: bool = False
     nodes: tuple[Node, ...] = field(default=(), repr=False)

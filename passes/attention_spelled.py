@@ -11,6 +11,7 @@ from torch.fx import Node
 from structc.passes.attention_parts import (
     NOTHING,
     VIEWS,
+    Fill,
     Operand,
     Parts,
     Step,
@@ -52,6 +53,8 @@ _MASKING = (
 
 _GONE = 800.0
 """``exp(-800)`` is 0, also in float64."""
+_LOW = -1000.0
+"""Above it hidden scores are among those of keys that are seen, in every row."""
 
 
 @dataclass
@@ -67,8 +70,7 @@ class _Walk:
     hidden: list[Node] = field(default_factory=list)
     sink: Node | None = None
     passed: list[Node] = field(default_factory=list)
-    floor: float = -torch.inf
-    """What hidden scores become, at most."""
+    fills: list[Fill] = field(default_factory=list)
 
 
 def spelled_parts(node: Any) -> Parts | Refusal | None:
@@ -170,25 +172,29 @@ def _filled(node: Any) -> float | None:
 def _filled_with(value: Any, walk: _Walk) -> Refusal | None:
     """What hidden scores become."""
     number = _constant(value)
-    if number is None or number >= 0 or walk.factor < 0:
+    if number is None or number * walk.factor > _LOW or walk.factor < 0:
         return refuse("MASK", "hidden scores get a value which hides nothing for sure")
-    walk.floor = max(walk.floor, number * walk.factor)
+    walk.fills.append(Fill(number * walk.factor, _shifted(walk)))
     return None
 
 
-def _weak(walk: _Walk) -> Refusal | None:
-    """Whether a key might be seen in spite of what its score was made.
+def _shifted(walk: _Walk) -> bool:
+    """Whether something was added to the scores, as far as the walk has come."""
+    biases = [*walk.flat, *(mask.node for mask in walk.shown)]
+    return any(bias.meta["val"].dtype != torch.bool for bias in biases)
+
+
+def _sure(walk: _Walk) -> tuple[Fill, ...]:
+    """What hidden scores become, as low as hides for sure where a cap keeps the others above it.
 
     Scores that are capped are at least ``-cap``; what is lower by 800 has a weight of exactly 0 in
     every dtype. Nothing else bounds scores.
     """
-    biases = [*walk.flat, *(mask.node for mask in walk.shown)]
-    shifted = any(bias.meta["val"].dtype != torch.bool for bias in biases)
-    capped = walk.softcap and not shifted
-    if walk.floor <= HIDES or (capped and walk.floor <= -abs(walk.softcap) - _GONE):
-        return None
-    reason = f"hidden scores become {walk.floor:g}, and nothing keeps the others above that"
-    return refuse("MASK", reason)
+    low = -abs(walk.softcap) - _GONE
+    capped = walk.softcap and not _shifted(walk)
+    return tuple(
+        Fill(min(f.value, HIDES), f.shifted) if capped and f.value <= low else f for f in walk.fills
+    )
 
 
 def _reshaped(walk: _Walk) -> Refusal | None:
@@ -222,8 +228,6 @@ def _sunk(walk: _Walk) -> Refusal | None:
 
 
 def _assembled(walk: _Walk, down: Down) -> Parts | Refusal:
-    if (refusal := _weak(walk)) is not None:
-        return refusal
     out, below, heads = down.out, down.nodes, walk.heads or down.heads
     product = walk.node
     scale = walk.factor * (walk.softcap or 1.0)
@@ -261,7 +265,7 @@ def _assembled(walk: _Walk, down: Down) -> Parts | Refusal:
     repeated = shape_of(k_.node)[1:2] != shape_of(q_.node)[1:2]
     return Parts(
         out, q_, k_, v_, back, scale, walk.softcap, tuple(walk.shown), tuple(walk.hidden),
-        walk.sink, repeated=repeated, nodes=nodes, floor=walk.floor, zeroed=down.zeroed,
+        walk.sink, repeated=repeated, nodes=nodes, fills=_sure(walk), zeroed=down.zeroed,
     )  # fmt: skip
 
 

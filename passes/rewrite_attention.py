@@ -24,7 +24,7 @@ from structc.passes.attention_parts import (
 from structc.passes.attention_spelled import spelled_parts
 from structc.passes.lags import ByLag, by_lag, computed
 from structc.passes.masks import Reading, seen_by
-from structc.passes.predicates import All, AtMost, Given, Line, Seen, never
+from structc.passes.predicates import HIDES, All, AtMost, Given, Line, Seen, never
 from structc.passes.visibility import Rule, rule_of
 from structc.passes.writes import storage_of
 from structc.records import Refusal
@@ -68,7 +68,7 @@ class Planned:
         given = (self.bias, self.lags, self.parts.sink)
         plain = not any(t is not None for t in given) and not self.keys
         form, known = self.form, plain and not self.form.softcap
-        if not known or form.window or form.offset:
+        if not known or form.window or form.offset or form.fill:
             return None
         return form.causal
 
@@ -80,16 +80,20 @@ def planned(node: Node) -> Planned | Refusal | None:
                    sdpa(q, k, v, mask)            -->  structc::attention(q, k, v, ..., form)
     Sound because: the operator computes the same sums in another order; a mask is left out only if
         the graph proves which keys it shows at every length (:mod:`structc.passes.masks`), and is
-        handed over as it is otherwise. Queries that see no key give 0, as PyTorch's operator does.
-    Skips when:    the attention matrix is read elsewhere, weights are dropped at random, what
-        hides a key might not, or a query might see no key where the graph gives NaN or an average.
+        handed over as it is otherwise.
+        A query that sees no key gives what it gives in the graph: 0, NaN, or the mean of all values
+        where hidden scores are a number like -1e9 (``Softmax.fill``).
+    Skips when:    the attention matrix is read elsewhere, weights are dropped at random, or what
+        hides a key might not: it is a number that something else is added to.
     """
     parts = fused_parts(node) if node.target is SDPA else spelled_parts(node)
     if not isinstance(parts, Parts):
         return parts
     read = Reading(node.graph)
-    inputs = [p.node for p in (parts.q, parts.k, parts.v)]
-    if read.written and any(storage_of(n) in read.written for n in (*inputs, *parts.nodes)):
+    inputs = [p.node for p in (parts.q, parts.k, parts.v, *parts.shown)]
+    if read.written and any(
+        storage_of(n) in read.written for n in (*inputs, *parts.hidden, *parts.nodes)
+    ):
         return refuse("WRITTEN", "something writes to its tensors in place")
     shown = {mask: seen_by(mask.node, read) for mask in parts.shown}
     biases = [mask for mask, seen in shown.items() if seen is None]
@@ -97,16 +101,11 @@ def planned(node: Node) -> Planned | Refusal | None:
     if lags is not None:
         shown[biases.pop()] = lags.seen, lags.value
     rule, masked = _rule(parts, shown, read), bool(parts.shown or parts.hidden)
-    floors = [parts.floor, *(seen[1] for seen in shown.values() if seen is not None)]
-    floored = any(-torch.inf < floor < 0 for floor in floors)
-    # spelled out, a row without keys is NaN, or the average of all values
-    if (not parts.zeroed or floored) and masked and not rule.alive(_square(parts)):
-        if not _added(parts):
-            reason = (
-                "nothing proves that each query sees a key: without one it is NaN there, 0 here"
-            )
-            return refuse("DEAD_ROWS", reason)
-        biases, rule, lags = list(parts.shown), Rule(), None  # as it is: exact whatever it hides
+    fill = _fill(parts, shown, alive=not masked or rule.alive(_square(parts)))
+    if isinstance(fill, Refusal):
+        return fill
+    if fill is None:  # as it is: exact whatever it hides
+        biases, rule, lags, fill = list(parts.shown), Rule(), None, _dead(parts)
     fields = rule.fields()
     if rule.nothing or fields is None or rule.rest or rule.documents:
         whole_masks = [*parts.shown, *(_shown(mask) for mask in parts.hidden)]
@@ -120,8 +119,43 @@ def planned(node: Node) -> Planned | Refusal | None:
     if bias is not None and not 1 <= len(shape_of(bias.node)) <= 4:
         return refuse("MASK", "a mask of more than four dimensions")
     whole = bias is not None and bias.node.meta["val"].dtype == torch.bool
-    form = Softmax(parts.scale, softcap=parts.softcap, **fields)  # type: ignore[arg-type]
+    form = Softmax(parts.scale, softcap=parts.softcap, fill=fill, **fields)  # type: ignore[arg-type]
     return Planned(parts, form, rule, bias, () if whole else rule.keys, lags)
+
+
+def _fill(
+    parts: Parts, shown: Mapping[Operand, tuple[Seen, float] | None], *, alive: bool
+) -> float | Refusal | None:
+    """What a hidden score is for the operator; None if masks are to be handed over as they are.
+
+    Spelled out, a row without keys is NaN, or the mean of all values if hidden scores are a number,
+    and then scores around that number are not above hidden ones.
+
+    Args:
+        alive: whether each query is proven to see a key.
+    """
+    values = [f.value for f in parts.fills]
+    floats = [mask for mask in shown if mask.node.meta["val"].dtype != torch.bool]
+    added = [seen[1] for mask in floats if (seen := shown[mask]) is not None]
+    weak = any(value > HIDES for value in values)
+    if alive and not weak:
+        return _dead(parts) if len(added) < len(floats) else 0.0  # they might be -inf
+    plain = not added and parts.sink is None and not any(f.shifted for f in parts.fills)
+    if plain and len(set(values)) == 1 and values[0] > -torch.inf:
+        return values[0]
+    if weak:
+        low = f"hidden scores become {max(values):g}"
+        return refuse("MASK", f"{low}, something else is added, and nothing keeps others above")
+    if all(value == -torch.inf for value in (*values, *added)):
+        return _dead(parts)
+    if _added(parts):
+        return None
+    return refuse("DEAD_ROWS", "a query might see no key, and hidden scores are of several kinds")
+
+
+def _dead(parts: Parts) -> float:
+    """What hidden scores of -inf make of a row without keys: 0, or NaN."""
+    return 0.0 if parts.zeroed else -torch.inf
 
 
 def _shown(hidden: Node) -> Operand:

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from structc import ops
-from structc.softmax import NOTHING, Extras, Softmax, softmax_backward, softmax_reference
+from structc.softmax import (
+    NOTHING,
+    Extras,
+    Softmax,
+    faint_rows,
+    filled,
+    softmax_backward,
+    softmax_reference,
+)
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Softmax, Extras], tuple[Tensor, Tensor] | None]
 """Output and row sums, or None for inputs that it does not serve."""
@@ -83,7 +91,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras) -> tupl
     if kernel is not None and q.numel() and k.numel() and v.numel():
         found = kernel(q, k, v, form, extras)
         if found is not None:
-            return found
+            o, lse = found
+            return filled(o, lse, q, k, v, form, extras), lse
     return softmax_reference(q, k, v, form, extras)
 
 
@@ -141,6 +150,8 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     form, extras = Softmax.parse(ctx.form), Extras(*tensors[3:])
     q, k, v = (t for t in tensors[:3] if t is not None)
     plain = not torch.is_grad_enabled() and not any(ctx.needs_input_grad[3:8])
+    if plain and -torch.inf < form.fill < 0 and not torch._C._len_torch_dispatch_stack():
+        plain = not bool((faint_rows(lse, form, q.dtype) & (lse > -torch.inf)).any())
     if plain:
         found = softmax_backward(q, k, v, form, extras, o, lse, grad_o, grad_lse)
         return (*found, *[None] * 6)

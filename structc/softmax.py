@@ -7,7 +7,7 @@ built.
 
 >>> form = Softmax(scale=0.125, causal=True, window=256, sinks=4)
 >>> str(form)
-'softmax(0.125,1,0,256,4,0.0,0,0)'
+'softmax(0.125,1,0,256,4,0.0,0,0,0.0)'
 >>> Softmax.parse(str(form)) == form
 True
 """
@@ -28,6 +28,8 @@ from structc.errors import InternalError
 ELEMENTS = 1 << 23
 """Scores that the reference holds at a time."""
 LOWEST = -1e30
+_GONE, _GONE_SINGLE = 800.0, 130.0
+"""A score that is lower by so much has a weight of exactly 0, in double and in single precision."""
 _TEXT = re.compile(r"softmax\(([^()]*)\)")
 
 
@@ -46,6 +48,9 @@ class Softmax:
         causal, offset, window, sinks: as above.
         softcap: c > 0 turns scores s into ``c tanh(s / c)`` before biases and masks.
         block_q, block_k: sizes of the blocks, 0 without.
+        fill: what a hidden score is: 0 where it hides for sure, and a row that sees no key is 0;
+            -inf where such a row is NaN; f < 0 where it is the number f, so that a row that sees
+            no key is the mean of all values, and scores around f share a row with hidden ones.
     """
 
     scale: float
@@ -56,6 +61,7 @@ class Softmax:
     softcap: float = 0.0
     block_q: int = 0
     block_k: int = 0
+    fill: float = 0.0
 
     def __str__(self) -> str:
         values = (getattr(self, f.name) for f in fields(self))
@@ -70,7 +76,7 @@ class Softmax:
         if len(words) != len(fields(Softmax)):
             raise InternalError(f"{text!r} is no softmax attention")
         try:
-            scale, causal, offset, window, sinks, softcap, block_q, block_k = words
+            scale, causal, offset, window, sinks, softcap, block_q, block_k, fill = words
             return Softmax(
                 float(scale),
                 bool(int(causal)),
@@ -80,6 +86,7 @@ class Softmax:
                 float(softcap),
                 int(block_q),
                 int(block_k),
+                float(fill),
             )
         except ValueError:
             raise InternalError(f"{text!r} is no softmax attention") from None
@@ -142,10 +149,11 @@ def softmax_reference(
 ) -> tuple[Tensor, Tensor]:
     """Output ``(B, H, n_q, d_v)`` and the natural logarithm of each row's sum ``(B, H, n_q)``.
 
-    A query that sees no key gives 0 and -inf. What is hidden by ``keys`` may be NaN.
+    A query that sees no key gives 0 (or what ``form.fill`` says) and -inf: sums are of seen keys.
+    What is hidden by ``keys`` may be NaN.
     """
     b, h = q.shape[:2]
-    wide = _wide(q.dtype)
+    wide, given = _wide(q.dtype), v
     k, v = _seen_only(k, v, extras)
     k, v = (_grouped(t.to(wide), h) for t in (k, v))
     outputs = [q.new_zeros(b, h, 0, v.shape[-1], dtype=wide)]
@@ -155,7 +163,51 @@ def softmax_reference(
         o, lse = _rows(scores, part.take(v), _sink(extras, wide))
         outputs.append(o)
         sums.append(lse)
-    return laid_out(torch.cat(outputs, 2), q.dtype), torch.cat(sums, 2)
+    o, lse = torch.cat(outputs, 2), torch.cat(sums, 2)
+    return laid_out(filled(o, lse, q, k, given, form, extras), q.dtype), lse
+
+
+def faint_rows(lse: Tensor, form: Softmax, dtype: torch.dtype) -> Tensor:
+    """Rows whose hidden scores count: their seen keys together are hardly above ``form.fill``."""
+    return lse <= form.fill + (_GONE if dtype == torch.float64 else _GONE_SINGLE)
+
+
+def filled(
+    o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras
+) -> Tensor:
+    """The output with hidden scores at ``form.fill``, from that with hidden scores at -inf.
+
+    They differ in faint rows alone, which are computed anew, each on its own: rows without keys,
+    and where scores come near -1e9. Gradients pass.
+
+    Cost:    a look at the row sums.
+    """
+    if not form.fill or torch.compiler.is_compiling() or not lse.numel():
+        return o
+    faint = faint_rows(lse, form, q.dtype)
+    if not bool(faint.any()):
+        return o
+    if form.fill == -torch.inf:
+        return o.masked_fill(faint[..., None], torch.nan)
+    wide_v = _grouped(v.to(_wide(q.dtype)), q.shape[1])
+    if _by_rule(extras):  # nothing but the mask makes a score -inf
+        dead = lse == -torch.inf
+        o = torch.where(dead[..., None], wide_v.mean(2, keepdim=True).to(o.dtype), o)
+        faint = faint & ~dead
+    wide_q, wide_k = q.to(wide_v.dtype), _grouped(k.to(wide_v.dtype), q.shape[1])
+    for i in faint.flatten(0, 1).any(0).nonzero().flatten().tolist():
+        row = Part(i, i + 1, ((0, k.shape[2]),), q.device)
+        scores, _, hidden = row.shown(wide_q, wide_k, form, extras)
+        scores = scores if hidden is None else scores.masked_fill(hidden, form.fill)
+        anew = (scores.softmax(-1) @ wide_v).to(o.dtype)
+        o = torch.where((faint & (torch.arange(o.shape[2]) == i))[..., None], anew, o)
+    return o
+
+
+def _by_rule(extras: Extras) -> bool:
+    """Whether nothing is added to scores."""
+    bias = extras.bias
+    return extras.lags is None and (bias is None or bias.dtype == torch.bool)
 
 
 def laid_out(o: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,6 +238,13 @@ class Part:
 
     def scores(self, q: Tensor, k: Tensor, form: Softmax, extras: Extras) -> tuple[Tensor, Tensor]:
         """Masked scores of these queries against these keys, and those before the cap."""
+        s, raw, hidden = self.shown(q, k, form, extras)
+        return (s if hidden is None else s.masked_fill(hidden, -torch.inf)), raw
+
+    def shown(
+        self, q: Tensor, k: Tensor, form: Softmax, extras: Extras
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scores, those before the cap, and which of them are hidden."""
         raw = form.scale * (q[:, :, self.first : self.last] @ self.take(k).mT)
         s = form.softcap * torch.tanh(raw / form.softcap) if form.softcap else raw
         queries = torch.arange(self.first, self.last, device=self.device)
@@ -207,7 +266,7 @@ class Part:
         ):
             if seen is not None:
                 hidden = ~seen if hidden is None else hidden | ~seen
-        return (s if hidden is None else s.masked_fill(hidden, -torch.inf)), raw
+        return s, raw, hidden
 
 
 def parts(q: Tensor, k: Tensor, form: Softmax) -> Iterator[Part]:
@@ -264,6 +323,9 @@ def softmax_backward(
             dk[:, :, low:high] += to_k[:, :, at : at + high - low]
             dv[:, :, low:high] += to_v[:, :, at : at + high - low]
             at += high - low
+    if -torch.inf < form.fill < 0:  # rows without keys are means
+        dead = (lse == -torch.inf)[..., None]
+        dv += (grad * dead).sum(2, keepdim=True) / max(1, k.shape[2])
     shared = [t.unflatten(1, (heads, h // max(1, heads))).sum(2) for t in (dk, dv)]
     return dq.to(q.dtype), shared[0].to(q.dtype), shared[1].to(q.dtype)
 
