@@ -35,7 +35,8 @@ from structc.records import (
     Verification,
 )
 from structc.report import Report, build_report
-from structc.report.view import groups
+from structc.report.attention import time_left
+from structc.report.view import groups, slices
 
 MACHINE = Target("Example CPU @ 2.60GHz (6/143/8)", ("avx512f", "avx2"), 4, 2, "2.13.0+cpu")
 CREATED = "2026-01-02T03:04:05+00:00"
@@ -636,3 +637,18 @@ def test_import_is_lean() -> None:
     code = "import sys, structc.report; print(*{'torch', 'rich', 'jinja2'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == ""
+
+
+def test_attention_that_is_faster_takes_less_of_the_time() -> None:
+    """By its own times; what is left as it is keeps its time, whatever was measured."""
+    ops = [
+        {"dense_ms": 4.0, "chosen_ms": 1.0, "kernel": "structc", "by_method": 0},
+        {"dense_ms": 4.0, "chosen_ms": 3.0, "kernel": "", "by_method": 2},
+        {"dense_ms": 4.0, "chosen_ms": 5.0, "kernel": "", "by_method": 0},
+        {"dense_ms": None, "chosen_ms": None, "kernel": "", "by_method": 0},
+    ]
+    assert time_left({"attention": ops}) == (1 + 3 + 4 + 4) / 16
+    assert time_left({"attention": []}) == 1
+    data = build().to_dict()
+    (slice_,) = [s for s in slices(data, ()) if s.name == "attention"]
+    assert slice_.before == 0.168 and slice_.after == pytest.approx(0.168 * time_left(data))

@@ -144,6 +144,22 @@ def attention_note(data: Json) -> str:
     return f"{done} by a faster kernel{by_head}" if done or heads else "as they are"
 
 
+def time_left(data: Json) -> float:
+    """The share of attention's time that is left; an op of unknown time weighs as the mean."""
+    known = [op["dense_ms"] for op in data["attention"] if op["dense_ms"]]
+    mean = sum(known) / len(known) if known else 1.0
+    before = [op["dense_ms"] or mean for op in data["attention"]]
+    done = [
+        op["dense_ms"] and op["chosen_ms"] is not None and _done(op) for op in data["attention"]
+    ]
+    after = [op["chosen_ms"] if d else b for op, d, b in zip(data["attention"], done, before)]
+    return sum(after) / sum(before) if before else 1.0
+
+
+def _done(op: Json) -> bool:
+    return bool(op["kernel"] or op["by_method"])
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None

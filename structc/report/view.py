@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from structc.report.attention import attention_note
+from structc.report.attention import attention_note, time_left
 from structc.report.words import (
     NONE,
     count,
@@ -208,7 +208,8 @@ def _elsewhere(data: Json, most: int = 3) -> list[Slice]:
     """Time outside the linear sites: attention, a few more by name, and all the rest as other."""
     found = {k: v for k, v in data["time_elsewhere"].items() if v > 0 and k != "other"}
     order = sorted(found, key=lambda k: (k != "attention", -found[k]))
-    kept = [Slice(k, "elsewhere", 0, found[k], found[k]) for k in order[:most]]
+    left = {"attention": time_left(data)}
+    kept = [Slice(k, "elsewhere", 0, found[k], found[k] * left.get(k, 1)) for k in order[:most]]
     other = sum(found[k] for k in order[most:]) + max(data["time_elsewhere"].get("other", 0), 0)
     return [*kept, *([Slice("other", "elsewhere", 0, other, other)] if other > 0 else [])]
 
