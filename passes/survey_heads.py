@@ -1,7 +1,8 @@
 """Attention heads on calibration data: what they look at, and what methods do to their output.
 
 Queries, keys and values are seen where the graph computes them, one attention at a time; nothing of
-them is kept. Calls with padding are left out: with padding every head is exact anyway.
+them is kept. Calls with padding are left out, by the name of an argument or by what an attention's
+mask hides: with padding every head is exact anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from structc.attention.stats import HeadStats, StatsSum, recall_scores
 from structc.attention_records import AttentionSite
 from structc.inputs import token_mask
 from structc.passes.calibrate import first_items, forward, interpreted
+from structc.passes.predicates import Given
 from structc.passes.rewrite_attention import Planned, planned
 from structc.records import Call, Captured, Refusal, Region
 from structc.softmax import Softmax
@@ -205,7 +207,7 @@ def watch(
 def _watcher(
     region: Region, sites: Sequence[AttentionSite], see: See
 ) -> type[torch.fx.Interpreter]:
-    """An interpreter that shows each attention when the last of its three operands is there."""
+    """An interpreter that shows each attention when the last of its operands is there."""
     nodes = {n.name: n for n in region.graph.graph.nodes}
     plans: dict[str, Planned] = {}
     wanted: dict[str, list[AttentionSite]] = {}
@@ -213,7 +215,7 @@ def _watcher(
         found = planned(nodes[site.node.node])
         if isinstance(found, Planned):
             plans[site.name] = found
-            for name in {p.node.name for p in _operands(found)}:
+            for name in _needed(found):
                 wanted.setdefault(name, []).append(site)
 
     class Watcher(torch.fx.Interpreter):
@@ -226,13 +228,24 @@ def _watcher(
             for site in wanted.get(n.name, ()):
                 held = self.held.setdefault(site.name, {})
                 held[n.name] = value
-                operands = _operands(plans[site.name])
-                if all(p.node.name in held for p in operands):
-                    _show(site, [(p, held[p.node.name]) for p in operands], see)
+                plan = plans[site.name]
+                if held.keys() >= _needed(plan):
+                    if not any(_hides(given, held) for given in plan.keys):
+                        _show(site, [(p, held[p.node.name]) for p in _operands(plan)], see)
                     del self.held[site.name]
             return value
 
     return Watcher
+
+
+def _needed(found: Planned) -> set[str]:
+    return {p.node.name for p in (*_operands(found), *found.keys)}
+
+
+def _hides(given: Given, held: Mapping[str, Tensor]) -> bool:
+    """Whether some key is padding: the product computes such an input exactly."""
+    seen = held[given.node.name].bool()
+    return bool(seen.any() if given.flipped else (~seen).any())
 
 
 def _operands(found: Planned) -> tuple[Any, Any, Any]:

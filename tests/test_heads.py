@@ -27,8 +27,8 @@ from structc.passes.detect import detect
 from structc.passes.objective import Objectives
 from structc.passes.race import Raced
 from structc.passes.select import Table
-from structc.passes.survey_heads import by_head_refused
-from structc.records import Captured, Plan, Refusal, Sites
+from structc.passes.survey_heads import by_head_refused, watch
+from structc.records import Captured, Plan, Price, Refusal, Sites
 from structc.workdir import WorkDir
 
 H, D, N, VOCABULARY = 4, 16, 300, 100
@@ -188,6 +188,43 @@ def test_other_attentions_are_refused_with_a_reason() -> None:
         assert refusal is not None and refusal.code == code
 
 
+class Kept(nn.Module):
+    """Attention whose padding comes under a name of its own, inverted or not."""
+
+    def __init__(self, hides: bool) -> None:
+        super().__init__()
+        self.q, self.hides = nn.Linear(8, 8), hides
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        q = self.q(x)[:, None]
+        scores = (q @ q.mT).masked_fill(which[:, None, None], -1e9)
+        seen = ~which[:, None, None]
+        return (
+            scores.softmax(-1) @ q if self.hides else F.scaled_dot_product_attention(q, q, q, seen)
+        )
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_calls_with_padding_are_not_looked_at(hides: bool) -> None:
+    """Whatever the argument is called: the attention's own mask says it."""
+    x, none = torch.randn(2, 300, 8), torch.zeros(2, 300, dtype=torch.bool)
+    some = none.clone()
+    some[1, 299] = True
+    captured = capture(Kept(hides), to_call((x, some)))
+    (site,) = detect(captured).attention
+    assert site.case is not None and site.case.padded and by_head_refused(site) is None
+    for which, count in ((none, 1), (some, 0)):
+        shown: list[int] = []
+        watch(
+            captured,
+            [site],
+            calibration_calls([(x, which)]),
+            lambda s, q, k, v, shown=shown: shown.append(q.shape[2]),  # type: ignore[misc]
+            lambda *_: None,
+        )
+        assert len(shown) == count
+
+
 @pytest.mark.parametrize("options", [{"budget": Budget()}, {"effort": "none"}])
 def test_nothing_is_tried_unasked(
     prepared: tuple[Captured, Sites, Parts, Log], options: dict[str, Any]
@@ -244,7 +281,13 @@ def test_without_graphs_attention_is_as_it_was(monkeypatch: pytest.MonkeyPatch) 
             runner.active = False
         return Raced(plain[0], "modules", {})
 
+    def faster(cases: list[AttentionCase], **_: Any) -> dict[AttentionCase, Price]:
+        return {
+            c: Price(c.form, 1, 1.0, 2.0, "structc", {}, "sdpa", 0.0, "measured") for c in cases
+        }
+
     monkeypatch.setattr(heads, "price_methods", priced)
+    monkeypatch.setattr("structc.codegen.attention_price.price", faster)
     monkeypatch.setattr("structc.passes.acceptance.race", modules)
     model = Planted()
     data = [tokens(seed) for seed in range(1, 7)]
