@@ -168,8 +168,13 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         none = [None if t is None else torch.zeros_like(t) for t in tensors]
         return (*[t if t is not None and t.is_floating_point() else None for t in none], None)
     able = [t for t in leaves if t is not None and t.requires_grad]
+    both = 2 if outputs[1].requires_grad else 1  # sums of rows do not come from v
     given = torch.autograd.grad(
-        outputs, able, (grad_o, grad_lse), allow_unused=True, create_graph=torch.is_grad_enabled()
+        outputs[:both],
+        able,
+        (grad_o, grad_lse)[:both],
+        allow_unused=True,
+        create_graph=torch.is_grad_enabled(),
     )
     found_of = dict(zip(map(id, able), given, strict=True))
     return (*[None if t is None else found_of.get(id(t)) for t in leaves], None)
