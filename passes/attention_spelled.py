@@ -96,6 +96,8 @@ def _up(walk: _Walk) -> Refusal | None:
     if walk.softcap and node.target in _MASKING:
         return refuse("SOFTCAP", "its scores are masked or shifted before they are capped")
     target, above = node.target, args[0]
+    if not node.meta["val"].is_floating_point():
+        return refuse("SPELLING", "its scores are made whole numbers")
     if target in NOTHING:
         pass
     elif target is aten.dropout.default:

@@ -373,6 +373,14 @@ def hidden_behind_its_maximum(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Ten
     return scores.masked_fill(~lower(q), -1e4).softmax(-1) @ v
 
 
+def whole_scores(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (q @ k.mT).to(torch.int32).to(q.dtype).softmax(-1) @ v
+
+
+def whole_weights(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).to(torch.int32).to(q.dtype) @ v
+
+
 def written_between(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     values = v.clone()
     weights = (q @ k.mT).softmax(-1)
@@ -410,7 +418,7 @@ def test_grouped_keys_turned_in_other_ways(turned: str) -> None:
     ("f", "code"),
     [(capped_after, "SOFTCAP"), (shifted_before_cap, "SOFTCAP"), (shifted_before_sink, "BIAS"),
      (hidden_beside_a_sink, "SINK"), (hidden_behind_its_maximum, "MASK"),
-     (written_between, "WRITTEN"),
+     (whole_scores, "SPELLING"), (whole_weights, "SPELLING"), (written_between, "WRITTEN"),
      (read_too, "READ"), (weakly_hidden, "MASK"),
      (scaled_by_a_tensor, "SCALE"), (over_queries, "SPELLING"),
      (raw_exponentials, "SPELLING"), (one_more, "SPELLING"),
