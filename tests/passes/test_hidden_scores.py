@@ -150,6 +150,28 @@ def test_gradients_of_scores_as_low_as_hidden_ones() -> None:
     assert torch.autograd.gradcheck(ours, leaves)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_rows_without_keys_beside_a_bias(compiled: bool) -> None:
+    """A bias of -inf hides a key more surely than -1e9 does; compiled, one that is learnt."""
+    q, k, v = (torch.randn(1, 1, 6, 4, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, 1, 6, requires_grad=compiled)
+    if not compiled:
+        bias[..., 0] = -torch.inf
+    form = str(Softmax(1.0, fill=-1e9))
+    for keys in (torch.zeros(1, 6, dtype=torch.bool), torch.tensor([[True] + [False] * 5])):
+
+        def ours(*given: Tensor) -> Tensor:
+            return torch.ops.structc.attention(*given, None, keys, None, None, form)[0]  # noqa: B023
+
+        run = torch.compile(ours, backend="aot_eager") if compiled else ours
+        scores = (q @ k.mT + bias).masked_fill(~keys, -1e9)
+        grads = [
+            torch.autograd.grad(o.square().sum(), (q, k, v))
+            for o in (run(q, k, v, bias), scores.softmax(-1) @ v)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_a_number_that_something_is_added_to_hides_nothing_for_sure() -> None:
     model = Masked(lambda s, m: s.masked_fill(m == 0, -1e4) + 2 * m)
     captured = capture(model.eval(), to_call(inputs(2, 20)))
