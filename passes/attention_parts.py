@@ -85,7 +85,7 @@ class Parts:
     scale: float = 1.0
     softcap: float = 0.0
     shown: tuple[Operand, ...] = ()
-    hidden: tuple[Node, ...] = ()
+    hidden: tuple[Operand, ...] = ()
     sink: Node | None = None
     is_causal: bool = False
     repeated: bool = False

@@ -198,7 +198,7 @@ def downwards(weights: Weights) -> Down | Refusal | None:
             if (*user.args, None)[1] or user.kwargs.get("nan"):
                 return refuse("SPELLING", "rows without keys become something else than 0")
             zeroed = True
-        elif user.target not in NOTHING:
+        elif user.target not in NOTHING or not user.meta["val"].is_floating_point():
             return _lost(node)
         node = user
         passed.append(node)

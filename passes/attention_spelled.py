@@ -66,8 +66,8 @@ class _Walk:
     softcap: float = 0.0
     heads: int | None = None
     shown: list[Operand] = field(default_factory=list)
-    flat: list[Node] = field(default_factory=list)  # added where batch and heads are one dimension
-    hidden: list[Node] = field(default_factory=list)
+    hidden: list[Operand] = field(default_factory=list)
+    flat: list[tuple[list[Operand], Node]] = field(default_factory=list)  # and which list it is of
     sink: Node | None = None
     passed: list[Node] = field(default_factory=list)
     fills: list[Fill] = field(default_factory=list)
@@ -96,6 +96,8 @@ def _up(walk: _Walk) -> Refusal | None:
     if walk.softcap and node.target in _MASKING:
         return refuse("SOFTCAP", "its scores are masked or shifted before they are capped")
     target, above = node.target, args[0]
+    if not node.meta["val"].is_floating_point():
+        return refuse("SPELLING", "its scores are made whole numbers")
     if target in NOTHING:
         pass
     elif target is aten.dropout.default:
@@ -118,23 +120,21 @@ def _up(walk: _Walk) -> Refusal | None:
         above, mask = args[at], args[1 - at]
         if not isinstance(mask, Node) or node.kwargs.get("alpha", 1) != 1 or walk.factor != 1:
             return refuse("BIAS", "something is added to its scores that is no tensor of them")
-        _add(walk, mask)
+        _mask(walk, mask, walk.shown)
     elif target is aten.sub.Tensor:
         if walk.sink is not None or not is_row_maximum(args[1], above):
             return refuse("BIAS", "something is subtracted from its scores")
+        walk.fills = [fill._replace(shifted=True) for fill in walk.fills]  # but not from these
     elif target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         if (refusal := _filled_with(args[2], walk)) is not None:
             return refusal
-        walk.hidden.append(args[1])
+        _mask(walk, args[1], walk.hidden)
     elif target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
         scores_first = product_above(args[1]) is not None
         above, value = (args[1], args[2]) if scores_first else (args[2], args[1])
         if (refusal := _filled_with(value, walk)) is not None:
             return refusal
-        if scores_first:
-            walk.shown.append(Operand(args[0]))
-        else:
-            walk.hidden.append(args[0])
+        _mask(walk, args[0], walk.shown if scores_first else walk.hidden)
     elif target is aten.cat.default:
         if (refusal := _sunk(walk)) is not None:
             return refusal
@@ -146,13 +146,13 @@ def _up(walk: _Walk) -> Refusal | None:
     return None
 
 
-def _add(walk: _Walk, mask: Node) -> None:
-    """A bias: one for each sequence and head where they are one dimension, or for all."""
+def _mask(walk: _Walk, mask: Any, to: list[Operand]) -> None:
+    """A bias or mask: one for each sequence and head where they are one dimension, or for all."""
     flat = len(shape_of(walk.node)) == 3 and shape_of(mask)[:-2] not in ((), (1,))
     if flat:
-        walk.flat.append(mask)
+        walk.flat.append((to, mask))
     else:
-        walk.shown.append(Operand(mask))
+        to.append(Operand(mask))
 
 
 def _constant(value: Any) -> float | None:
@@ -180,8 +180,8 @@ def _filled_with(value: Any, walk: _Walk) -> Refusal | None:
 
 def _shifted(walk: _Walk) -> bool:
     """Whether something was added to the scores, as far as the walk has come."""
-    biases = [*walk.flat, *(mask.node for mask in walk.shown)]
-    return any(bias.meta["val"].dtype != torch.bool for bias in biases)
+    masks = [*(mask for _, mask in walk.flat), *(mask.node for mask in walk.shown)]
+    return any(mask.meta["val"].dtype != torch.bool for mask in masks)
 
 
 def _sure(walk: _Walk) -> tuple[Fill, ...]:
@@ -193,7 +193,8 @@ def _sure(walk: _Walk) -> tuple[Fill, ...]:
     low = -abs(walk.softcap) - _GONE
     capped = walk.softcap and not _shifted(walk)
     return tuple(
-        Fill(min(f.value, HIDES), f.shifted) if capped and f.value <= low else f for f in walk.fills
+        Fill(min(f.value, HIDES), False) if capped and f.value <= low and not f.shifted else f
+        for f in walk.fills
     )
 
 
@@ -220,6 +221,8 @@ def _sunk(walk: _Walk) -> Refusal | None:
         if len(shape_of(sink)) == 1:
             break
         sink = sink.args[0]
+    if walk.shown or walk.hidden or walk.flat:
+        return refuse("SINK", "a mask reaches the column beside its scores")
     heads = shape_of(walk.node)[1]
     if not isinstance(sink, Node) or shape_of(sink) != (heads,) or walk.factor != 1:
         return refuse("SINK", "the column beside its scores is not one number a head")
@@ -237,9 +240,11 @@ def _assembled(walk: _Walk, down: Down) -> Parts | Refusal:
     if product.target is aten.baddbmm.default:
         if product.kwargs.get("beta", 1) != 1 or walk.softcap or walk.factor != 1:
             return refuse("SPELLING", "a scaled baddbmm")
-        _add(walk, product.args[0])
+        _mask(walk, product.args[0], walk.shown)
         scale = float(product.kwargs.get("alpha", 1))
         q, kt = product.args[1:3]
+    for to, mask in walk.flat:
+        to.append(four(Operand(mask), heads))
     if product.target is aten.einsum.default or out.target is aten.einsum.default:
         found = _of_einsum(product, out)
         if found is None:
@@ -256,8 +261,6 @@ def _assembled(walk: _Walk, down: Down) -> Parts | Refusal:
         if shape_of(fewer[0].node)[1:2] == shape_of(fewer[1].node)[1:2]:
             k_, v_ = fewer
         q_, k_, v_ = (four(t, heads) for t in (q_, k_, v_))
-        for mask in walk.flat:
-            walk.shown.append(four(Operand(mask), heads))
         back = ()
         if len(shape_of(out)) == 3:
             back = ((aten.flatten.using_ints, (0, 1)),) if heads else ((aten.squeeze.dim, (1,)),)

@@ -64,7 +64,7 @@ def _site(
     masks: dict[torch.fx.Node, str],
 ) -> AttentionSite:
     parts, kind = found.parts, "none"
-    given = [(m.node, False) for m in parts.shown] + [(m, True) for m in parts.hidden]
+    given = [(m.node, False) for m in parts.shown] + [(m.node, True) for m in parts.hidden]
     if parts.is_causal:
         kind = "causal"
     elif len(given) == 1:

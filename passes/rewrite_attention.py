@@ -90,10 +90,8 @@ def planned(node: Node) -> Planned | Refusal | None:
     if not isinstance(parts, Parts):
         return parts
     read = Reading(node.graph)
-    inputs = [p.node for p in (parts.q, parts.k, parts.v, *parts.shown)]
-    if read.written and any(
-        storage_of(n) in read.written for n in (*inputs, *parts.hidden, *parts.nodes)
-    ):
+    inputs = [p.node for p in (parts.q, parts.k, parts.v, *parts.shown, *parts.hidden)]
+    if read.written and any(storage_of(n) in read.written for n in (*inputs, *parts.nodes)):
         return refuse("WRITTEN", "something writes to its tensors in place")
     shown = {mask: seen_by(mask.node, read) for mask in parts.shown}
     biases = [mask for mask, seen in shown.items() if seen is None]
@@ -158,9 +156,9 @@ def _dead(parts: Parts) -> float:
     return 0.0 if parts.zeroed else -torch.inf
 
 
-def _shown(hidden: Node) -> Operand:
+def _shown(hidden: Operand) -> Operand:
     """Where keys are seen, of where they are hidden."""
-    return Operand(hidden).then(aten.logical_not.default)
+    return hidden.then(aten.logical_not.default)
 
 
 def _by_lag(parts: Parts, biases: list[Operand], read: Reading) -> ByLag | None:
@@ -176,7 +174,7 @@ def _rule(parts: Parts, shown: Mapping[Operand, tuple[Seen, float] | None], read
     """What all masks together show, as far as the graph proves it."""
     seen = [found[0] for found in shown.values() if found is not None]
     for mask in parts.hidden:
-        found = seen_by(mask, read)
+        found = seen_by(mask.node, read)
         if found is not None:
             seen.append(never(found[0]))
     if parts.is_causal:

@@ -24,6 +24,7 @@ from structc.softmax import (
     NOTHING,
     Extras,
     Softmax,
+    by_rule,
     faint_rows,
     filled,
     softmax_backward,
@@ -151,7 +152,9 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     q, k, v = (t for t in tensors[:3] if t is not None)
     plain = not torch.is_grad_enabled() and not any(ctx.needs_input_grad[3:8])
     if plain and -torch.inf < form.fill < 0 and not torch._C._len_torch_dispatch_stack():
-        plain = not bool((faint_rows(lse, form, q.dtype) & (lse > -torch.inf)).any())
+        faint = faint_rows(lse, form, q.dtype)
+        means = lse == -torch.inf if by_rule(extras) else False  # of all values
+        plain = not bool((faint & ~torch.as_tensor(means)).any())
     if plain:
         found = softmax_backward(q, k, v, form, extras, o, lse, grad_o, grad_lse)
         return (*found, *[None] * 6)
@@ -168,8 +171,13 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         none = [None if t is None else torch.zeros_like(t) for t in tensors]
         return (*[t if t is not None and t.is_floating_point() else None for t in none], None)
     able = [t for t in leaves if t is not None and t.requires_grad]
+    both = 2 if outputs[1].requires_grad else 1  # sums of rows do not come from v
     given = torch.autograd.grad(
-        outputs, able, (grad_o, grad_lse), allow_unused=True, create_graph=torch.is_grad_enabled()
+        outputs[:both],
+        able,
+        (grad_o, grad_lse)[:both],
+        allow_unused=True,
+        create_graph=torch.is_grad_enabled(),
     )
     found_of = dict(zip(map(id, able), given, strict=True))
     return (*[None if t is None else found_of.get(id(t)) for t in leaves], None)

@@ -182,15 +182,18 @@ def filled(
 
     Cost:    a look at the row sums.
     """
-    if not form.fill or torch.compiler.is_compiling() or not lse.numel():
+    if not form.fill or not lse.numel():
         return o
+    if torch.compiler.is_compiling():  # no values to look at: rows without keys alone
+        other = torch.nan if form.fill == -torch.inf else _grouped(v, q.shape[1]).mean(2, True)
+        return torch.where((lse == -torch.inf)[..., None], other, o)
     faint = faint_rows(lse, form, q.dtype)
     if not bool(faint.any()):
         return o
     if form.fill == -torch.inf:
         return o.masked_fill(faint[..., None], torch.nan)
     wide_v = _grouped(v.to(_wide(q.dtype)), q.shape[1])
-    if _by_rule(extras):  # nothing but the mask makes a score -inf
+    if by_rule(extras):  # nothing but the mask makes a score -inf
         dead = lse == -torch.inf
         o = torch.where(dead[..., None], wide_v.mean(2, keepdim=True).to(o.dtype), o)
         faint = faint & ~dead
@@ -204,7 +207,7 @@ def filled(
     return o
 
 
-def _by_rule(extras: Extras) -> bool:
+def by_rule(extras: Extras) -> bool:
     """Whether nothing is added to scores."""
     bias = extras.bias
     return extras.lags is None and (bias is None or bias.dtype == torch.bool)
@@ -371,8 +374,10 @@ def _rows(scores: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tenso
     if sink is not None:
         total = total + (sink[:, None, None] - shift).exp()
     # not through the logarithm of the sum: beside the lowest number that is lost
-    p = e / total.masked_fill(total == 0, 1)
-    lse = shift + total.log()
+    none = total == 0
+    safe = total.masked_fill(none, 1)
+    p = e / safe
+    lse = (shift + safe.log()).masked_fill(none, -torch.inf)
     finite = v.isfinite().all(-1)
     o = p @ v.masked_fill(~finite[..., None], 0)
     if not torch.compiler.is_compiling() and not bool(finite.all()):  # 0 * NaN is NaN

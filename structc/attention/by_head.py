@@ -182,7 +182,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*op(grad, q, k, v, keys, ctx.form, ctx.heads), None, None, None)
     leaves = [t.view_as(t) for t in (q, k, v)]  # they may come from each other
     o = by_head(leaves[0], leaves[1], leaves[2], keys, Softmax.parse(ctx.form), ctx.heads)
-    return (*torch.autograd.grad(o, leaves, grad, create_graph=True), None, None, None)
+    return (*_pulled(o, leaves, grad, create_graph=True), None, None, None)
+
+
+def _pulled(
+    o: Tensor, leaves: Sequence[Tensor], grad: Tensor, *, create_graph: bool = False
+) -> list[Any]:
+    """Gradients of leaves that want one: 0 where no method looks at them."""
+    asked = [t for t in leaves if t.requires_grad] if o.requires_grad else []
+    options = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(o, asked, grad, **options) if asked else ()
+    given = dict(zip(map(id, asked), found, strict=True))
+    return [given.get(id(t), torch.zeros_like(t) if t.requires_grad else None) for t in leaves]
 
 
 def _backward_impl(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -190,7 +201,7 @@ def _backward_impl(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
         o = by_head(leaves[0], leaves[1], leaves[2], keys, Softmax.parse(form), heads)
-    return torch.autograd.grad(o, leaves, grad)
+    return tuple(_pulled(o, leaves, grad))
 
 
 def _backward_fake(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:

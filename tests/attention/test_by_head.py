@@ -132,6 +132,20 @@ def test_gradients_are_those_of_the_methods() -> None:
     assert torch.autograd.gradgradcheck(run, (q, k, v), atol=1e-4)
 
 
+@pytest.mark.parametrize("heads", ["0", "0,1,2,3"])
+@pytest.mark.parametrize("asked", [(0,), (2,), (0, 1, 2)])
+def test_gradients_of_what_wants_one(heads: str, asked: tuple[int, ...]) -> None:
+    """Also where no method looks at it: then it is 0."""
+    text, given = f"uniform(is_causal=True)@1..20:{heads}", inputs(5)
+    leaves = [given[i].requires_grad_() for i in asked]
+    for create in (False, True):
+        o = torch.ops.structc.attention_by_head(*given, None, str(FORM), text)
+        found = torch.autograd.grad(o.square().sum(), leaves, create_graph=create)
+        for at, grad in zip(asked, found, strict=True):
+            assert grad.shape == given[at].shape
+            assert bool(grad.any()) == (at == 2 or heads == "0")
+
+
 def test_every_method_says_what_it_proposes_or_why_not() -> None:
     from structc.attention.stats import StatsSum
     from structc.records import Refusal

@@ -114,6 +114,18 @@ def test_a_gradient_of_the_gradient() -> None:
     torch.autograd.gradgradcheck(f, (q, k, v, bias))
 
 
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_gradient_of_the_gradient_of_one(asked: int) -> None:
+    """Row sums have none if only v wants one."""
+    given = list(qkv(5, 6, heads=2, kv_heads=1, d=3, dtype=torch.float64))
+
+    def f(x: Tensor) -> Tensor:
+        q, k, v = [*given[:asked], x, *given[asked + 1 :]]
+        return exact(q, k, v, enable_gqa=True).square()
+
+    torch.autograd.gradgradcheck(f, (given[asked].clone().requires_grad_(),))
+
+
 def test_gradients_of_gradients_where_q_k_and_v_are_one() -> None:
     x = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
 

@@ -188,6 +188,33 @@ def documents(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(~(same & lower(q)), float("-inf")).softmax(-1) @ v
 
 
+def flat(of: Tensor) -> Tensor:
+    """Batch and heads as one dimension."""
+    return of.reshape(-1, *of.shape[2:])
+
+
+def odd_keys(q: Tensor) -> Tensor:
+    """Others for each sequence and head: (B, H, 1, n)."""
+    return (q[..., 0] > 0)[:, :, None]
+
+
+def einsum_of_flat_masks(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    b, h, n, _d = q.shape
+    low = torch.where(odd_keys(q), 0.0, -2.0)
+    scores = flat(torch.einsum("bhid,bhjd->bhij", q, k)) + flat(low)
+    return torch.einsum("bhij,bhjd->bhid", scores.reshape(b, h, n, n).softmax(-1), v)
+
+
+def filled_in_three(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = torch.bmm(flat(q), flat(k).mT).masked_fill(flat(odd_keys(q)), -1e9)
+    return torch.bmm(scores.softmax(-1), flat(v)).reshape(q.shape)
+
+
+def chosen_in_three(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = torch.where(flat(odd_keys(q)), torch.bmm(flat(q), flat(k).mT), -1e9)
+    return torch.bmm(scores.softmax(-1), flat(v)).reshape(q.shape)
+
+
 SPELLINGS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "plain": (plain, H, "all_true"),
     "scaled first": (scaled_first, H, "causal"),
@@ -213,6 +240,9 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "softcap, bias, then -1e9": (capped_and_shifted, H, "causal"),
     "means set to 0": (zeroed_after_a_finite_fill, H, "up to -1"),
     "other documents": (other_documents, H, "data_dependent"),
+    "einsum, a bias a head in three": (einsum_of_flat_masks, H, "all_true"),
+    "hidden a head in three": (filled_in_three, H, "data_dependent"),
+    "chosen a head in three": (chosen_in_three, H, "data_dependent"),
 }
 
 
@@ -329,6 +359,28 @@ def shifted_before_sink(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
     return torch.cat([scores, extra], -1).softmax(-1)[..., :-1] @ v
 
 
+def hidden_beside_a_sink(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    extra = bias.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    n, at = q.shape[2], torch.arange(q.shape[2] + 1)
+    hidden = at > at[:n, None]  # the sink too
+    scores = torch.cat([q @ k.mT, extra], -1).masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+def hidden_behind_its_maximum(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    scores = (q - 200) @ (k + 200).mT  # about as low as the fill, and only before this
+    scores = scores - scores.amax(-1, keepdim=True)
+    return scores.masked_fill(~lower(q), -1e4).softmax(-1) @ v
+
+
+def whole_scores(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (q @ k.mT).to(torch.int32).to(q.dtype).softmax(-1) @ v
+
+
+def whole_weights(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).to(torch.int32).to(q.dtype) @ v
+
+
 def written_between(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     values = v.clone()
     weights = (q @ k.mT).softmax(-1)
@@ -365,7 +417,8 @@ def test_grouped_keys_turned_in_other_ways(turned: str) -> None:
 @pytest.mark.parametrize(
     ("f", "code"),
     [(capped_after, "SOFTCAP"), (shifted_before_cap, "SOFTCAP"), (shifted_before_sink, "BIAS"),
-     (written_between, "WRITTEN"),
+     (hidden_beside_a_sink, "SINK"), (hidden_behind_its_maximum, "MASK"),
+     (whole_scores, "SPELLING"), (whole_weights, "SPELLING"), (written_between, "WRITTEN"),
      (read_too, "READ"), (weakly_hidden, "MASK"),
      (scaled_by_a_tensor, "SCALE"), (over_queries, "SPELLING"),
      (raw_exponentials, "SPELLING"), (one_more, "SPELLING"),

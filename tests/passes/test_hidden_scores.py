@@ -92,17 +92,24 @@ def test_rows_without_keys_are_as_in_the_graph(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["-1e9", "twice", "pairs", "scaled"])
-def test_gradients(name: str) -> None:
-    model = Masked(KEYS[name][0])
-    product, _ = product_of(model)
-    x, keep = inputs(2, 20)
-    grads = []
-    for run in (model, product):
-        one = x.clone().requires_grad_()
-        (run(one, keep).square()).sum().backward()
-        grads.append(one.grad)
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("fill", [-1e4, -1e9, LOWEST])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_gradients(fill: float, pairs: bool) -> None:
+    """Of the operator: products run the model's own code where a gradient is wanted."""
+    q = torch.randn(2, 4, 20, 8, requires_grad=True)
+    k, v = (torch.randn(2, 2, 20, 8, requires_grad=True) for _ in range(2))
+    _, keep = inputs(2, 20)
+    keys, mask = keep != 0, keep[:, None, None] != 0
+    mask = (mask & mask.mT if pairs else mask) & causal(20)
+    extras = (mask, None, None) if pairs else (None, None, keys)
+    form = str(Softmax(0.35, causal=not pairs, fill=fill))
+    ours, _ = torch.ops.structc.attention(q, k, v, *extras, None, None, form)
+    wide = (t.repeat_interleave(2, 1) for t in (k, v))
+    theirs = (q @ next(wide).mT * 0.35).masked_fill(~mask, fill).softmax(-1) @ next(wide)
+    for o in (ours, theirs):
+        assert o.isfinite().all()
+    found = [torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -141,6 +148,28 @@ def test_gradients_of_scores_as_low_as_hidden_ones() -> None:
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     torch.testing.assert_close(ours(*leaves), theirs(*leaves))
     assert torch.autograd.gradcheck(ours, leaves)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_rows_without_keys_beside_a_bias(compiled: bool) -> None:
+    """A bias of -inf hides a key more surely than -1e9 does; compiled, one that is learnt."""
+    q, k, v = (torch.randn(1, 1, 6, 4, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, 1, 6, requires_grad=compiled)
+    if not compiled:
+        bias[..., 0] = -torch.inf
+    form = str(Softmax(1.0, fill=-1e9))
+    for keys in (torch.zeros(1, 6, dtype=torch.bool), torch.tensor([[True] + [False] * 5])):
+
+        def ours(*given: Tensor) -> Tensor:
+            return torch.ops.structc.attention(*given, None, keys, None, None, form)[0]  # noqa: B023
+
+        run = torch.compile(ours, backend="aot_eager") if compiled else ours
+        scores = (q @ k.mT + bias).masked_fill(~keys, -1e9)
+        grads = [
+            torch.autograd.grad(o.square().sum(), (q, k, v))
+            for o in (run(q, k, v, bias), scores.softmax(-1) @ v)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 def test_a_number_that_something_is_added_to_hides_nothing_for_sure() -> None:
