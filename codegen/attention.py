@@ -15,7 +15,7 @@ from torch import Tensor
 from structc import attend, hardware
 from structc.codegen.cpu import build
 from structc.codegen.cpu.emit import product_pieces
-from structc.codegen.cpu.program import DTYPES
+from structc.codegen.cpu.served import DTYPES
 from structc.codegen.cpu.tile import TOLERANCE
 from structc.numerics import relative_error
 from structc.records import Refusal

@@ -20,7 +20,7 @@ from structc import hardware, settings
 from structc.codegen import cost, tuning_db
 from structc.codegen.contenders import Contender, Request
 from structc.codegen.cpu import build
-from structc.codegen.cpu.program import analyse
+from structc.codegen.cpu.served import analyse
 from structc.codegen.measure import Measurement
 from structc.codegen.tuning_db import Key, Row, TuningDb
 from structc.codegen.worker_client import Worker

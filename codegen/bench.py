@@ -21,8 +21,9 @@ from structc import ops, reference, timing
 from structc.codegen import dense, faults, lower
 from structc.codegen.cpu import tile
 from structc.codegen.cpu.emit import spec_of
-from structc.codegen.cpu.program import Program, analyse
 from structc.codegen.cpu.samples import sample, sample_form
+from structc.codegen.cpu.served import analyse
+from structc.codegen.program import Program
 from structc.forms import Form, PackedDense, Tile, parse_form
 from structc.numerics import relative_error
 from structc.records import Refusal, Timed

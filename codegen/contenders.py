@@ -9,7 +9,7 @@ import torch
 
 from structc.codegen import spectral
 from structc.codegen.bench import Job
-from structc.codegen.cpu.program import analyse
+from structc.codegen.cpu.served import analyse
 from structc.codegen.cpu.tile import DEFAULT
 from structc.codegen.dense import tile_form
 from structc.forms import Convolve, Form, PackedDense, Tile

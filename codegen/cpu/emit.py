@@ -14,7 +14,8 @@ from importlib import resources
 
 import torch
 
-from structc.codegen.cpu.program import DTYPES, Program
+from structc.codegen.cpu.served import DTYPES
+from structc.codegen.program import Program
 from structc.steps import ACTIVATIONS, NORMS
 
 

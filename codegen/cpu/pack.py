@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structc import ops
-from structc.codegen.cpu.program import DEPTH, Stage, full, product
+from structc.codegen.program import DEPTH, Stage, full, product
 from structc.forms import Block
 
 PACK = 16

@@ -15,8 +15,9 @@ from structc import reference
 from structc.codegen.cpu import build
 from structc.codegen.cpu.emit import Spec, emit, spec_of
 from structc.codegen.cpu.pack import PACK, VECTORS, Copies, Copy, Place, prepared
-from structc.codegen.cpu.program import Program, Stage, analyse
 from structc.codegen.cpu.samples import sample, sample_form
+from structc.codegen.cpu.served import analyse
+from structc.codegen.program import Program, Stage
 from structc.forms import Select, Sparse, Step, Tile
 from structc.numerics import relative_error
 from structc.records import Refusal

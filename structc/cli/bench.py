@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from structc.codegen.peaks import Peaks
     from structc.sources.source import TextOptions
 
-KERNELS = "Kernels (structc bench kernels)"
+KERNELS = "Kernels (structc bench kernels | triton)"
 
 
 @command
@@ -29,8 +29,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="OUT|MODEL|kernels",
-            help="An artifact, a model, or the word kernels.",
+            metavar="OUT|MODEL|kernels|triton",
+            help="An artifact, a model, or the word kernels or triton.",
             show_default=False,
         ),
     ],
@@ -47,7 +47,7 @@ def bench(
     batch_size: flags.BatchSize = None,
     trust: flags.Trust = False,
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|both", rich_help_panel=KERNELS)
+        str, typer.Option(metavar="float32|bfloat16|float16|both", rich_help_panel=KERNELS)
     ] = "float32",
     rows: Annotated[
         str, typer.Option(metavar="N,N,...", help="Rows of a call.", rich_help_panel=KERNELS)
@@ -66,13 +66,19 @@ def bench(
     """Time an artifact against eager PyTorch and torch.compile, in turns, on the example inputs.
 
     A model alone: its dense versions. The word kernels: each form on this machine, against dense.
+    The word triton: kernels for GPUs, compiled (no GPU is needed), with what they take of each.
 
     \b
     Examples:
       structc bench out --against model.py:make
       structc bench model.py:make --rounds 21 --json
       structc bench kernels --dtype both --rows 128,1024
+      structc bench triton --dtype bfloat16 --effort full
     """
+    if what == "triton":
+        from structc.cli.bench_triton import triton_table
+
+        return triton_table(dtype, every=effort == "full", no_progress=no_progress)
     if what == "kernels":
         return _kernels(dtype, rows, threads, effort, no_progress=no_progress)
     text = flags.text_options(None, seqlen, None, batch_size)

@@ -15,8 +15,9 @@ import structc
 from structc import hardware, reference
 from structc.codegen import lower
 from structc.codegen.cpu import tile
-from structc.codegen.cpu.program import Program, analyse
 from structc.codegen.cpu.samples import sample
+from structc.codegen.cpu.served import analyse
+from structc.codegen.program import Program
 from structc.errors import InternalError
 from structc.forms import (
     Act,

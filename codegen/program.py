@@ -1,4 +1,4 @@
-"""A tile program as the CPU emitter sees it: factors in turn, with what follows each."""
+"""A tile program as emitters see it: factors in turn, with what follows each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from structc import hardware
 from structc.forms import (
     SPECTRAL,
     Act,
@@ -30,9 +29,6 @@ from structc.forms import (
 )
 from structc.records import Refusal
 
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-NEEDS = {torch.float32: "avx2", torch.bfloat16: "avx512_bf16"}
-"""The instruction set without which a dtype has no emitted kernel."""
 MERGED = 16
 """Consecutive small factors become one whose blocks have at most this many rows and columns."""
 FREE_GROWTH = 2.0
@@ -115,24 +111,26 @@ class Program:
         return self.stages[-1].out
 
 
-def analyse(form: Tile, dtype: torch.dtype = torch.float32) -> Program | Refusal:
+def stages_of(form: Tile, dtype: torch.dtype, *, folds: bool = False) -> Program | Refusal:
     """The program's stages, or why no kernel is emitted for it.
 
-    >>> analyse(Tile.parse("block(1,8,32,1) block(1,32,8,1) act(relu,32)")).stages[-1].act
+    Args:
+        form: the program.
+        dtype: of its factors.
+        folds: whether every product can read its input through a shuffle; else those alone whose
+            blocks stay side by side, and the others are carried out in front.
+
+    >>> form = Tile.parse("block(1,8,32,1) block(1,32,8,1) act(relu,32)")
+    >>> stages_of(form, torch.float32).stages[-1].act
     'relu'
     """
-    if dtype not in DTYPES:
-        return _refuse("DTYPE", f"emitted kernels are float32 or bfloat16, not {dtype}")
-    isa = hardware.target().isa
-    if NEEDS[dtype] not in isa:
-        return _refuse("ISA", f"{dtype} needs {NEEDS[dtype]}; this processor has {', '.join(isa)}")
     other = next((s for s in form.steps if isinstance(s, SPECTRAL)), None)
     if other is not None:
         return _refuse("SPECTRAL", f"{other} is for a library of transforms, not an emitted kernel")
     empty = [s for s in form.steps if not _filled(s)]
     if empty:
         return _refuse("EMPTY", f"{empty[0]} has no elements")
-    reader = _Reader(dtype)
+    reader = _Reader(dtype, folds)
     for step in form.steps:
         reader.take(step)
     return Program(tuple(_merged(reader.finish())), form.input_features)
@@ -156,8 +154,8 @@ def _refuse(code: str, reason: str) -> Refusal:
 class _Reader:
     """Steps in, stages out: a step that fits behind the last stage joins it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, folds: bool) -> None:
+        self.dtype, self.folds = dtype, folds
         self.stages: list[Stage] = []
         self.shuffle: Permute | None = None  # not yet carried out
         self.reads: int | None = None
@@ -205,6 +203,8 @@ class _Reader:
         kind = "panel" if step.d == 1 else "strided"
         if shuffle is None:
             return self._push(kind, step, step.out_features, 1)
+        if self.folds:
+            return self._push(kind, step, step.out_features, 1, blocks=shuffle.p)
         run = step.c // shuffle.p if step.d == 1 and step.c % shuffle.p == 0 else 0
         if run == 1 and max(step.b, step.c) < THIN <= step.a:
             across = Block(1, step.b, step.c, step.a)

@@ -1,0 +1,1 @@
+"""Triton kernels: emitted source, its launch, and its ahead-of-time compilation."""

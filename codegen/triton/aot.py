@@ -1,0 +1,180 @@
+"""Ahead-of-time compilation with Triton's own compiler: no GPU, no driver, about a second a kernel.
+
+A jitted function is an interpreter's object or a compiler's, by the environment when Triton was
+imported: compilation runs in a process of its own (``python -m structc.codegen.triton.aot``), which
+reads jobs from its input and writes one line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from structc.codegen.triton.targets import TARGETS, GpuTarget
+
+FUSED = {"enable_fp_fusion": True}
+"""Said outright: Triton's default changes with its version."""
+_SIGNATURE = {"rows": "i32", "first": "*i64", "place": "*i64"}
+_DOT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One function to be compiled.
+
+    Attributes:
+        path, function: where its source is.
+        pointers: its tensors.
+        dtype: of them, ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        sizes: compile-time arguments.
+        warps, stages: of :class:`structc.codegen.triton.config.Config`.
+        target: name of a :class:`structc.codegen.triton.targets.GpuTarget`.
+    """
+
+    path: str
+    function: str
+    pointers: tuple[str, ...]
+    dtype: str
+    sizes: Mapping[str, int]
+    warps: int
+    stages: int
+    target: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled function takes.
+
+    Attributes:
+        shared: bytes of shared memory.
+        registers, spilled: of a thread; bytes.
+        matrix: instructions that multiply matrices.
+        wide: loads of 8 bytes and more a thread.
+        error: why it did not compile, ``""`` if it did.
+    """
+
+    shared: int = 0
+    registers: int = 0
+    spilled: int = 0
+    matrix: int = 0
+    wide: int = 0
+    error: str = ""
+
+
+def compiled(jobs: Sequence[Job], *, timeout: float = 600.0) -> list[Compiled]:
+    """Compile jobs in a child process; a job that fails says why."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    child = subprocess.run(
+        [sys.executable, "-m", "structc.codegen.triton.aot"],
+        input=json.dumps([asdict(job) for job in jobs]),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+    )
+    rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    lost = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
+    rows += [{"error": f"the compiler's process ended: {lost[0]}"}] * (len(jobs) - len(rows))
+    return [Compiled(**row) for row in rows]
+
+
+# ---------------------------------------------------------------------------- in the child
+
+
+def _main() -> None:
+    for row in _run(json.load(sys.stdin)):
+        print(json.dumps(row), flush=True)
+
+
+def _run(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for given in jobs:
+        job = Job(**{**given, "pointers": tuple(given["pointers"])})
+        try:
+            yield asdict(_compile(job))
+        except Exception as e:  # whatever the compiler raises is the job's result
+            text = " ".join(f"{type(e).__name__}: {e}".split())
+            yield asdict(Compiled(error=text[:400]))
+
+
+def _compile(job: Job) -> Compiled:
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(_module(job.path), job.function)
+    target = TARGETS[job.target]
+    signature = {name: _SIGNATURE.get(name, f"*{job.dtype}") for name in job.pointers}
+    signature |= {"rows": "i32", **dict.fromkeys((*job.sizes, "DOT"), "constexpr")}
+    values = {**job.sizes, "DOT": getattr(tl, _DOT[job.dtype])}
+    aligned: dict[Any, Any] = {(at,): [["tt.divisibility", 16]] for at in range(len(job.pointers))}
+    made = triton.compile(
+        ASTSource(function, signature, values, aligned),
+        target=GPUTarget(target.backend, target.arch, target.warp),
+        options={"num_warps": job.warps, "num_stages": job.stages, **FUSED},
+    )
+    return _measured(made, target)
+
+
+def _module(path: str) -> Any:
+    import importlib.util
+
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _measured(made: Any, target: GpuTarget) -> Compiled:
+    text = made.asm["ptx"] if target.backend == "cuda" else made.asm["amdgcn"]
+    registers, spilled = (_ptxas if target.backend == "cuda" else _amd)(text, target)
+    wide = r"ld\.global\S*\.v[24]|cp\.async" if target.backend == "cuda" else r"_load_dwordx[24]"
+    return Compiled(
+        shared=made.metadata.shared,
+        registers=registers,
+        spilled=spilled,
+        matrix=sum(text.count(word) for word in target.matrix),
+        wide=len(re.findall(wide, text)),
+    )
+
+
+def _ptxas(ptx: str, target: GpuTarget) -> tuple[int, int]:
+    """Registers and spilled bytes, from the assembler that ships with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
+    done = subprocess.run(
+        [str(tool), "-v", f"-arch={target.assembler}", "-o", os.devnull, "-"],
+        input=ptx,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    used = re.findall(r"Used (\d+) registers", done.stderr)
+    stores, loads = (
+        re.findall(rf"(\d+) bytes spill {w}", done.stderr) for w in ("stores", "loads")
+    )
+    return max(map(int, used)), sum(map(int, [*stores, *loads]))
+
+
+def _amd(text: str, target: GpuTarget) -> tuple[int, int]:
+    counts = {
+        name: max(map(int, re.findall(rf"\.{name}:\s+(\d+)", text)), default=0)
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    }
+    return counts["vgpr_count"], 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,53 @@
+"""Emitted Triton source as a module: written to the cache once, by content, and imported."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from structc import settings
+from structc.files import write_atomic
+from structc.records import Refusal
+
+TESTED = ((3, 9), (3, 9))
+"""The oldest and the newest version of Triton that the tests have seen."""
+_modules: dict[str, ModuleType] = {}
+
+
+def version() -> tuple[int, int] | None:
+    """Of Triton, or None if it is not installed; nothing is imported."""
+    from importlib import metadata
+
+    try:
+        first, second, *_ = metadata.version("triton").split(".")
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+    return int(first), int(second)
+
+
+def write(source: str) -> Path:
+    """The file of a source in the cache folder: Triton reads functions from files."""
+    name = f"structc_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
+    path = settings.current().cache_dir / "triton" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, source.encode())
+    return path
+
+
+def module_of(source: str) -> ModuleType | Refusal:
+    """The module of a source, imported once; a Refusal where there is no Triton."""
+    if version() is None:
+        return Refusal("", "triton", "NO_TRITON", "triton is not installed")
+    path = write(source)
+    if path.stem not in _modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # Triton asks for the globals of its functions by name
+        spec.loader.exec_module(module)
+        _modules[path.stem] = module
+    return _modules[path.stem]

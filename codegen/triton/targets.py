@@ -1,0 +1,90 @@
+"""GPUs that kernels are compiled for: what a program may use of them, and their published peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from structc.errors import ConfigError
+
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """One kind of GPU.
+
+    Attributes:
+        name: as users write it, ``"cuda:90"``.
+        gpu: the product whose figures these are.
+        backend, arch, warp: as Triton has them.
+        assembler: architecture for ``ptxas``; ``""`` where the compiler assembles itself.
+        shared: bytes of shared memory that a program may have.
+        registers: for a thread, at most.
+        matrix: instructions that multiply matrices, as the assembly spells them.
+        units: multiprocessors.
+        flops: dense peaks a second by dtype, products of matrices where the units have them.
+        bandwidth: bytes a second of memory.
+        source: of the figures.
+    """
+
+    name: str
+    gpu: str
+    backend: str
+    arch: int | str
+    warp: int
+    assembler: str
+    shared: int
+    registers: int
+    matrix: tuple[str, ...]
+    units: int
+    flops: Mapping[str, float]
+    bandwidth: float
+    source: str
+
+
+def _peaks(half: float, tf32: float, fp32: float) -> dict[str, float]:
+    """In tera operations a second."""
+    return {"bf16": half * TERA, "fp16": half * TERA, "tf32": tf32 * TERA, "fp32": fp32 * TERA}
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        GpuTarget(
+            "cuda:80", "A100 SXM 80 GB", "cuda", 80, 32, "sm_80", 163 * 1024, 255, ("mma.sync",),
+            108, _peaks(312, 156, 19.5), 2.039e12, "NVIDIA A100 datasheet, 2021",
+        ),
+        GpuTarget(
+            "cuda:90", "H100 SXM", "cuda", 90, 32, "sm_90a", 227 * 1024, 255,
+            ("wgmma.mma_async", "mma.sync"), 132, _peaks(989.4, 494.7, 66.9), 3.35e12,
+            "NVIDIA H100 datasheet, 2023, without sparsity",
+        ),
+        GpuTarget(
+            "cuda:100", "B200", "cuda", 100, 32, "sm_100a", 227 * 1024, 255,
+            ("tcgen05.mma", "mma.sync"), 148, _peaks(2250, 1125, 75), 8e12,
+            "NVIDIA Blackwell architecture brief, 2024, without sparsity",
+        ),
+        GpuTarget(
+            "hip:gfx942", "MI300X", "hip", "gfx942", 64, "", 64 * 1024, 512, ("v_mfma",), 304,
+            _peaks(1307.4, 653.7, 163.4), 5.3e12, "AMD Instinct MI300X data sheet, 2023",
+        ),
+    )
+}  # fmt: skip
+"""All targets by name."""
+
+
+def target_of(name: str) -> GpuTarget:
+    """The target of that name.
+
+    Errors: :class:`ConfigError` for any other.
+
+    >>> target_of("cuda:90").gpu
+    'H100 SXM'
+    """
+    if name not in TARGETS:
+        raise ConfigError(
+            f"target: {name!r} is not one that kernels are compiled for",
+            hint=f"One of {', '.join(TARGETS)}.",
+        )
+    return TARGETS[name]

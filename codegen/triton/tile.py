@@ -1,0 +1,152 @@
+"""A tile program bound to its emitted Triton kernels: the launches of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structc import ops
+from structc.codegen.program import Program, Stage, full, product, stages_of
+from structc.codegen.triton.config import Config, default, power_above
+from structc.codegen.triton.emit import Kernel, emit, kernels, widths
+from structc.codegen.triton.load import module_of
+from structc.forms import Tile
+from structc.records import Refusal
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+WIDEST_NORM = 1 << 14
+"""Features of a normalisation: a row is one tile."""
+
+
+def analyse(form: Tile, dtype: torch.dtype) -> Program | Refusal:
+    """The stages that Triton kernels run, or why there are none for the program.
+
+    >>> len(analyse(Tile.parse("block(4,8,64,1) permute(4,8) block(8,64,4,1)"),
+    ...             torch.float16).stages)
+    2
+    """
+    if dtype not in DTYPES:
+        return Refusal("", "triton", "DTYPE", f"kernels are {', '.join(DTYPES.values())}")
+    program = stages_of(form, dtype, folds=True)
+    if isinstance(program, Program):
+        wide = [s.out for s in program.stages if s.norm is not None and s.out > WIDEST_NORM]
+        if wide:
+            reason = f"a norm over {wide[0]} features, more than {WIDEST_NORM}"
+            return Refusal("", "triton", "NORM", reason)
+    return program
+
+
+@dataclass(frozen=True, eq=False)
+class TritonTile:
+    """``(x (rows, in_features), weights, others) -> (rows, out_features)``, contiguous rows."""
+
+    form: Tile
+    program: Program
+    module: ModuleType
+    configs: Mapping[int, Config]
+
+    def __call__(
+        self, x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()
+    ) -> Tensor:
+        slots = {at: t.contiguous() for at, t in enumerate([x, *others])}
+        rows, current = x.shape[0], slots[0]
+        for at, (stage, width) in enumerate(
+            zip(self.program.stages, widths(self.program), strict=True)
+        ):
+            current = slots[stage.reads] if stage.reads is not None else current
+            out = current.new_empty(rows, stage.out)
+            config = self.configs.get(at) or default(stage, rows)
+            tensors = {**_weights(stage, weights), "x": current, "y": out}
+            for name, slot in (("mul", stage.mul), ("add", stage.add)):
+                if slot is not None:
+                    tensors[name] = slots[slot]
+            for kernel in kernels(at, stage, width):
+                if rows:
+                    self._launch(kernel, tensors, rows, own_config(kernel, stage, config))
+            current = out
+            if stage.keeps is not None:
+                slots[stage.keeps] = current
+        return current
+
+    def _launch(
+        self, kernel: Kernel, tensors: Mapping[str, Tensor], rows: int, config: Config
+    ) -> None:
+        function: Any = getattr(self.module, kernel.name)
+        grid = (kernel.grid(rows, config.bm, config.bn),)
+        given = [tensors[name] for name in kernel.pointers]
+        sizes = {**config.constexprs(), "DOT": dot_dtype(given[0].dtype)}
+        function[grid](*given, rows, **sizes, num_warps=config.warps, num_stages=config.stages)
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """What factors are multiplied in: their own, but for bfloat16 under Triton's interpreter, which
+    multiplies its bits."""
+    import triton
+    import triton.language as tl
+
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16}.get(dtype, tl.bfloat16)
+
+
+def make(
+    form: Tile,
+    dtype: torch.dtype,
+    configs: Mapping[int, Config] | None = None,
+    *,
+    tf32: bool = False,
+) -> TritonTile | Refusal:
+    """The kernels of a program; nothing is compiled before the first call.
+
+    Args:
+        form: the program.
+        dtype: of inputs, factors and outputs; sums are float32.
+        configs: of its stages, by their number; what is left out is the default.
+        tf32: whether float32 products may round their factors to 10 bits.
+    """
+    program = analyse(form, dtype)
+    if isinstance(program, Refusal):
+        return program
+    module = module_of(emit(program, tf32=tf32))
+    if isinstance(module, Refusal):
+        return module
+    return TritonTile(form, program, module, dict(configs or {}))
+
+
+def own_config(kernel: Kernel, stage: Stage, config: Config) -> Config:
+    """A normalisation takes a row at a time, whatever the product before takes."""
+    if not kernel.name.endswith("norm"):
+        return config
+    return Config(1, power_above(stage.out), 1, config.warps, 1)
+
+
+def _weights(stage: Stage, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors of a stage by the names of its pointers."""
+    own = [weights[i] for i in stage.weights]
+    found: dict[str, Tensor] = {}
+    if stage.kind in ("panel", "strided"):
+        found["w"] = ops.derived(own, f"triton{stage.parts}", lambda w: _factor(stage, w))
+    elif stage.kind == "sparse":
+        found |= dict(zip(("w", "first", "place"), (t.contiguous() for t in own), strict=True))
+    elif stage.kind == "listed":
+        found["place"] = own[0].contiguous()
+    if stage.bias is not None:
+        found["bias"] = weights[stage.bias].contiguous()
+    if stage.norm is not None:
+        norm, at = stage.norm
+        names = ("gain", "shift")[: norm.weights]
+        found |= {n: weights[at + i].contiguous() for i, n in enumerate(names)}
+    return found
+
+
+def _factor(stage: Stage, weights: Sequence[Tensor]) -> Tensor:
+    """Consecutive factors that were merged, as one; (a, b, c, d) in memory."""
+    if len(weights) == 1:
+        return full(stage.parts[0], weights[0]).contiguous()
+    wide = product(stage.parts, [w.float() for w in weights])
+    return wide.to(weights[0].dtype).contiguous()

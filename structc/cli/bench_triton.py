@@ -1,0 +1,60 @@
+"""``structc bench triton``: what Triton's kernels take of each GPU, compiled without one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from structc.cli.session import Answer
+from structc.errors import ConfigError
+from structc.progress import named, progress_bars
+
+NAMES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
+    """The answer: a row for each kernel and target; nothing is timed."""
+    import torch
+
+    from structc.codegen.triton import load
+    from structc.codegen.triton.table import table
+    from structc.codegen.triton.targets import TARGETS
+
+    names = ("float32", "bfloat16") if dtype == "both" else (dtype,)
+    if not set(names) <= set(NAMES):
+        raise ConfigError(f"--dtype must be {', '.join(NAMES)} or both, got {dtype!r}")
+    version = load.version()
+    if version is None:
+        raise ConfigError(
+            "structc bench triton compiles kernels with Triton, which is not installed",
+            hint="pip install triton; no GPU is needed.",
+        )
+    with progress_bars(wanted=not no_progress) as progress:
+        rows = table(
+            [getattr(torch, n) for n in names], list(TARGETS), every=every,
+            progress=named(progress, "kernels"),
+        )  # fmt: skip
+    text = ".".join(map(str, version))
+    head = f"Triton {text}, compiled ahead of time; resources of a program, nothing is timed"
+    return Answer({"triton": text, "kernels": rows}, "\n".join([head, "", *_lines(rows)]))
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    wide = max(len(r["case"]) for r in rows)
+    head = (
+        f"{'case':<{wide}} {'kernel':<8} {'dtype':<5} {'target':<10} {'config':<32} {'shared':>7} "
+        f"{'regs':>5} {'spills':>6} {'matrix':>6} {'wide':>5}"
+    )
+    return [head, *(_line(r, wide) for r in rows)]
+
+
+def _line(r: Mapping[str, Any], wide: int) -> str:
+    start = (
+        f"{r['case']:<{wide}} {r['kernel']:<8} {r['dtype']:<5} {r['target']:<10} {r['config']:<32}"
+    )
+    if r["error"]:
+        return f"{start} {r['error']}"
+    return (
+        f"{start} {r['shared']:>7} {r['registers']:>5} {r['spilled']:>6} {r['matrix']:>6} "
+        f"{r['wide']:>5}"
+    )

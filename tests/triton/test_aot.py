@@ -1,0 +1,66 @@
+"""Every kernel compiles for every target without a GPU: no spills, matrix instructions, in time."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from structc.codegen.triton import aot
+from structc.codegen.triton.aot import Job
+from structc.codegen.triton.table import entries, table
+from structc.codegen.triton.targets import TARGETS, target_of
+from structc.codegen.triton.tile import DTYPES
+from structc.errors import ConfigError
+from structc.forms import Tile
+from structc.records import Refusal
+
+
+@functools.cache
+def defaults() -> list[dict[str, Any]]:
+    """The default configs in bfloat16, compiled."""
+    return table([torch.bfloat16], list(TARGETS), every=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_defaults(target: str) -> None:
+    mine = [row for row in defaults() if row["target"] == target]
+    assert {row["kernel"] for row in mine} == {
+        "panel", "strided", "sparse", "listed", "shuffle", "norm",
+    }  # fmt: skip
+    limits = target_of(target)
+    for row in mine:
+        assert not row["error"] and row["default"], row
+        assert row["spilled"] == 0 and row["shared"] <= limits.shared, row
+        assert 0 < row["registers"] <= limits.registers, row
+        assert bool(row["matrix"]) == (row["kernel"] in ("panel", "sparse")), row
+        assert row["wide"] or row["kernel"] == "shuffle", row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_every_config(dtype: torch.dtype) -> None:
+    rows = table([dtype], list(TARGETS), every=True)
+    limits = {name: target.shared for name, target in TARGETS.items()}
+    failed = [r for r in rows if r["error"] and "shared memory" not in r["error"]]
+    assert not failed and sum(not r["error"] for r in rows) > len(rows) / 2
+    assert all(r["shared"] <= limits[r["target"]] for r in rows if not r["error"] and r["default"])
+
+
+def test_what_does_not_compile_says_why() -> None:
+    form = Tile.parse("block(1,64,64,1)")
+    found = entries("one", form, torch.bfloat16, ["cuda:90"], every=False)
+    assert not isinstance(found, Refusal)
+    job = next(found).job
+    odd = Job(**{**vars(job), "sizes": {**job.sizes, "BM": 24}})  # no power of two
+    unknown = Job(**{**vars(job), "function": "nothing"})
+    made, other = aot.compiled([odd, unknown])
+    assert "power" in made.error and "nothing" in other.error
+
+
+def test_targets_by_name() -> None:
+    assert target_of("hip:gfx942").warp == 64
+    with pytest.raises(ConfigError, match="cuda:75"):
+        target_of("cuda:75")
