@@ -35,6 +35,7 @@ from structc.passes.attention_softmax import (
 )
 from structc.passes.predicates import HIDES
 from structc.records import Refusal
+from structc.softmax import GONE
 
 aten = torch.ops.aten
 
@@ -51,8 +52,6 @@ _MASKING = (
 """What does not commute with a cap on the scores."""
 
 
-_GONE = 800.0
-"""``exp(-800)`` is 0, also in float64."""
 _LOW = -1000.0
 """Above it hidden scores are among those of keys that are seen, in every row."""
 
@@ -190,7 +189,7 @@ def _sure(walk: _Walk) -> tuple[Fill, ...]:
     Scores that are capped are at least ``-cap``; what is lower by 800 has a weight of exactly 0 in
     every dtype. Nothing else bounds scores.
     """
-    low = -abs(walk.softcap) - _GONE
+    low = -abs(walk.softcap) - GONE
     capped = walk.softcap and not _shifted(walk)
     return tuple(
         Fill(min(f.value, HIDES), False) if capped and f.value <= low and not f.shifted else f

@@ -210,12 +210,13 @@ def _watcher(
     """An interpreter that shows each attention when the last of its operands is there."""
     nodes = {n.name: n for n in region.graph.graph.nodes}
     plans: dict[str, Planned] = {}
+    needed: dict[str, set[str]] = {}
     wanted: dict[str, list[AttentionSite]] = {}
     for site in sites:
         found = planned(nodes[site.node.node])
         if isinstance(found, Planned):
-            plans[site.name] = found
-            for name in _needed(found):
+            plans[site.name], needed[site.name] = found, _needed(found)
+            for name in needed[site.name]:
                 wanted.setdefault(name, []).append(site)
 
     class Watcher(torch.fx.Interpreter):
@@ -229,7 +230,7 @@ def _watcher(
                 held = self.held.setdefault(site.name, {})
                 held[n.name] = value
                 plan = plans[site.name]
-                if held.keys() >= _needed(plan):
+                if held.keys() >= needed[site.name]:
                     if not any(_hides(given, held) for given in plan.keys):
                         _show(site, [(p, held[p.node.name]) for p in _operands(plan)], see)
                     del self.held[site.name]

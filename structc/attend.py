@@ -153,8 +153,9 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     plain = not torch.is_grad_enabled() and not any(ctx.needs_input_grad[3:8])
     if plain and -torch.inf < form.fill < 0 and not torch._C._len_torch_dispatch_stack():
         faint = faint_rows(lse, form, q.dtype)
-        means = lse == -torch.inf if by_rule(extras) else False  # of all values
-        plain = not bool((faint & ~torch.as_tensor(means)).any())
+        if by_rule(extras):  # rows without keys are means of all values
+            faint = faint & (lse != -torch.inf)
+        plain = not bool(faint.any())
     if plain:
         found = softmax_backward(q, k, v, form, extras, o, lse, grad_o, grad_lse)
         return (*found, *[None] * 6)

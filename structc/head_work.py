@@ -23,12 +23,9 @@ def kept_stats(
     missing = [s for s in sites if kept[s.name] is None]
     made = survey(missing) if missing else {}
     for site in missing:
-        work.put(f"heads-{site.name}", [_plain(h) for h in made.get(site.name, ())])
-    known = {
-        name: made.get(name, ()) if rows is None else [_stats_of(row) for row in rows]
-        for name, rows in kept.items()
-    }
-    return {name: heads for name, heads in known.items() if heads}
+        kept[site.name] = [_plain(h) for h in made.get(site.name, ())]
+        work.put(f"heads-{site.name}", kept[site.name])
+    return {name: [_stats_of(row) for row in rows] for name, rows in kept.items() if rows}
 
 
 def kept_verdicts(
@@ -42,18 +39,18 @@ def kept_verdicts(
         for name, tried in trials.items()
     }
     missing = {name: tried for name, tried in missing.items() if tried}
-    found = dict(judge(missing)) if missing else {}
+    made = judge(missing) if missing else {}
     for name, tried in missing.items():
         for method, heads in tried.items():
-            made = found.get((name, method))
-            kept[name][_key(method, heads)] = made and dataclasses.asdict(made)
+            one = made.get((name, method))
+            kept[name][_key(method, heads)] = one and dataclasses.asdict(one)
         work.put(f"heads-{part}-{name}", kept[name])
-    for name, all_tried in trials.items():
-        for method, heads in all_tried.items():
-            row = kept[name][_key(method, heads)]
-            if row is not None:
-                found[name, method] = Verdict(**row)
-    return found
+    rows = {
+        (name, method): kept[name][_key(method, heads)]
+        for name, tried in trials.items()
+        for method, heads in tried.items()
+    }
+    return {at: Verdict(**row) for at, row in rows.items() if row is not None}
 
 
 def _key(method: Any, heads: Sequence[int]) -> str:

@@ -24,7 +24,6 @@ from structc.options import Log, Options
 from structc.passes.calibrate import Parts
 from structc.passes.select import Table
 from structc.passes.survey_heads import (
-    Trials,
     Verdict,
     Verdicts,
     by_head_refused,
@@ -33,7 +32,7 @@ from structc.passes.survey_heads import (
     survey,
 )
 from structc.progress import named
-from structc.records import Call, Candidate, Captured, Price, Refusal, Sites
+from structc.records import Candidate, Captured, Price, Refusal, Sites
 from structc.workdir import WorkDir
 
 LEVELS = (10, 20, 50, 100, 200, 300)
@@ -152,13 +151,12 @@ def _judged(
         for s in reached
     }
 
-    def verdicts(part: str, calls: Sequence[Call]) -> Verdicts:
-        def made(some: Trials) -> Verdicts:
-            return judge(captured, reached, some, calls, progress)
-
-        return kept_verdicts(work, part, trials, made)
-
-    fitted, confirmed = verdicts("fit", parts.fit), verdicts("select", parts.select)
+    fitted = kept_verdicts(
+        work, "fit", trials, lambda some: judge(captured, reached, some, parts.fit, progress)
+    )
+    confirmed = kept_verdicts(
+        work, "select", trials, lambda some: judge(captured, reached, some, parts.select, progress)
+    )
     return [
         Judged(s, stats[s.name], prices[s.name], trials[s.name], fitted, confirmed) for s in reached
     ]

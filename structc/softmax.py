@@ -28,7 +28,7 @@ from structc.errors import InternalError
 ELEMENTS = 1 << 23
 """Scores that the reference holds at a time."""
 LOWEST = -1e30
-_GONE, _GONE_SINGLE = 800.0, 130.0
+GONE, _GONE_SINGLE = 800.0, 130.0
 """A score that is lower by so much has a weight of exactly 0, in double and in single precision."""
 _TEXT = re.compile(r"softmax\(([^()]*)\)")
 
@@ -169,7 +169,7 @@ def softmax_reference(
 
 def faint_rows(lse: Tensor, form: Softmax, dtype: torch.dtype) -> Tensor:
     """Rows whose hidden scores count: their seen keys together are hardly above ``form.fill``."""
-    return lse <= form.fill + (_GONE if dtype == torch.float64 else _GONE_SINGLE)
+    return lse <= form.fill + (GONE if dtype == torch.float64 else _GONE_SINGLE)
 
 
 def filled(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from structc.codegen.triton.load import module_at
 from structc.codegen.triton.targets import TARGETS, GpuTarget
 
 FUSED = {"enable_fp_fusion": True}
@@ -53,19 +54,19 @@ class Compiled:
     """What a compiled function takes.
 
     Attributes:
-        shared: bytes of shared memory.
-        registers, spilled: of a thread; bytes.
-        matrix: instructions that multiply matrices.
-        wide: loads of 8 bytes and more a thread.
-        error: why it did not compile, ``""`` if it did.
+        shared_bytes: of shared memory.
+        registers, spilled_bytes: of a thread.
+        matrix_instructions: that multiply matrices.
+        wide_loads: of 8 bytes and more a thread.
+        status: ``"ok"``, or why it did not compile.
     """
 
-    shared: int = 0
+    shared_bytes: int = 0
     registers: int = 0
-    spilled: int = 0
-    matrix: int = 0
-    wide: int = 0
-    error: str = ""
+    spilled_bytes: int = 0
+    matrix_instructions: int = 0
+    wide_loads: int = 0
+    status: str = "ok"
 
 
 def compiled(jobs: Sequence[Job], *, timeout: float = 600.0) -> list[Compiled]:
@@ -82,7 +83,7 @@ def compiled(jobs: Sequence[Job], *, timeout: float = 600.0) -> list[Compiled]:
     )
     rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     lost = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
-    rows += [{"error": f"the compiler's process ended: {lost[0]}"}] * (len(jobs) - len(rows))
+    rows += [{"status": f"the compiler's process ended: {lost[0]}"}] * (len(jobs) - len(rows))
     return [Compiled(**row) for row in rows]
 
 
@@ -101,7 +102,7 @@ def _run(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             yield asdict(_compile(job))
         except Exception as e:  # whatever the compiler raises is the job's result
             text = " ".join(f"{type(e).__name__}: {e}".split())
-            yield asdict(Compiled(error=text[:400]))
+            yield asdict(Compiled(status=text[:400]))
 
 
 def _compile(job: Job) -> Compiled:
@@ -110,7 +111,7 @@ def _compile(job: Job) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(_module(job.path), job.function)
+    function = getattr(module_at(Path(job.path)), job.function)
     target = TARGETS[job.target]
     signature = {name: _SIGNATURE.get(name, f"*{job.dtype}") for name in job.pointers}
     signature |= {"rows": "i32", **dict.fromkeys((*job.sizes, "DOT"), "constexpr")}
@@ -124,28 +125,16 @@ def _compile(job: Job) -> Compiled:
     return _measured(made, target)
 
 
-def _module(path: str) -> Any:
-    import importlib.util
-
-    name = Path(path).stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def _measured(made: Any, target: GpuTarget) -> Compiled:
     text = made.asm["ptx"] if target.backend == "cuda" else made.asm["amdgcn"]
     registers, spilled = (_ptxas if target.backend == "cuda" else _amd)(text, target)
     wide = r"ld\.global\S*\.v[24]|cp\.async" if target.backend == "cuda" else r"_load_dwordx[24]"
     return Compiled(
-        shared=made.metadata.shared,
+        shared_bytes=made.metadata.shared,
         registers=registers,
-        spilled=spilled,
-        matrix=sum(text.count(word) for word in target.matrix),
-        wide=len(re.findall(wide, text)),
+        spilled_bytes=spilled,
+        matrix_instructions=sum(text.count(word) for word in target.matrix),
+        wide_loads=len(re.findall(wide, text)),
     )
 
 

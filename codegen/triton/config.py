@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from structc.codegen.program import Stage
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Config:
     """How one stage is cut up.
 
@@ -72,6 +73,7 @@ def configs(stage: Stage, rows: int) -> Iterator[Config]:
             yield made
 
 
+@functools.lru_cache(maxsize=4096)
 def default(stage: Stage, rows: int) -> Config:
     """The first that does not leave half of its rows empty."""
     found = list(configs(stage, rows))

@@ -32,9 +32,8 @@ class Kernel:
     Attributes:
         name: of the function.
         pointers: its tensors in order: ``x``, ``y`` and what the stage needs besides.
-        tiles: how many tiles of outputs there are, for tiles of ``bn``: ``groups`` times
-            ``ceil(outputs / bn)``.
-        groups, outputs: see above.
+        groups, outputs: an output is one of ``outputs`` of one of ``groups``; tiles of outputs
+            stay within a group.
     """
 
     name: str
@@ -54,9 +53,8 @@ def emit(program: Program, *, tf32: bool = False) -> str:
         program: with its shuffles folded.
         tf32: whether float32 products may round their factors to 10 bits.
     """
-    widths = _widths(program)
     parts = [HEAD]
-    for at, (stage, width) in enumerate(zip(program.stages, widths, strict=True)):
+    for at, (stage, width) in enumerate(zip(program.stages, widths(program), strict=True)):
         parts.append("\n".join(_stage(stage, width, kernels(at, stage, width)[0], tf32)) + "\n")
         if stage.norm is not None:
             parts.append(_norm(at, stage))
@@ -83,7 +81,7 @@ def kernels(at: int, stage: Stage, width: int) -> tuple[Kernel, ...]:
     return (first, Kernel(f"stage{at}_norm", ("y", *gains), 1, 1))
 
 
-def _widths(program: Program) -> list[int]:
+def widths(program: Program) -> list[int]:
     """Features that each stage reads."""
     slots, n = dict(enumerate(program.inputs)), program.inputs[0]
     found = []
@@ -94,9 +92,6 @@ def _widths(program: Program) -> list[int]:
         if stage.keeps is not None:
             slots[stage.keeps] = n
     return found
-
-
-widths = _widths
 
 
 # ---------------------------------------------------------------------------- stages
@@ -120,9 +115,9 @@ def _stage(stage: Stage, width: int, kernel: Kernel, tf32: bool) -> Iterator[str
     yield "    live = (m < rows)[:, None]"
     yield f"    inside = live & (n < {kernel.outputs})[None, :]"
     yield from _KINDS[stage.kind](stage, width, tf32)
+    yield f"    spot = m.to(tl.int64)[:, None] * {out} + out[None, :]"
     yield from _tail(stage)
-    yield f"    to = y + m.to(tl.int64)[:, None] * {out} + out[None, :]"
-    yield "    tl.store(to, sums.to(y.dtype.element_ty), mask=inside)"
+    yield "    tl.store(y + spot, sums.to(y.dtype.element_ty), mask=inside)"
 
 
 def _source(stage: Stage, width: int, feature: str) -> str:
@@ -132,24 +127,28 @@ def _source(stage: Stage, width: int, feature: str) -> str:
     return f"({feature}) % {stage.blocks} * {width // stage.blocks} + ({feature}) // {stage.blocks}"
 
 
-def _product(tf32: bool) -> str:
-    """Sums of products in float32; float32 factors whole, or rounded to 10 bits."""
+def _products(stage: Stage, feature: str, factor: str, tf32: bool) -> Iterator[str]:
+    """The loop over columns of a block: sums of products in float32; float32 factors whole, or
+    rounded to 10 bits."""
+    b, c = stage.block.b, stage.block.c
     precision = "tf32" if tf32 else "ieee"
-    return f'sums = tl.dot(left.to(DOT), right.to(DOT), sums, input_precision="{precision}")'
+    product = f'tl.dot(left.to(DOT), right.to(DOT), sums, input_precision="{precision}")'
+    yield f"for start in range(0, {c}, BK):"
+    yield "    k = start + tl.arange(0, BK)"
+    yield f"    feature = {feature}"
+    yield f"    some = (k < {c})[None, :]"
+    yield "    left = tl.load(x + lines + feature[None, :], mask=live & some, other=0.0)"
+    yield f"    at = ({factor} * {b} + n).to(tl.int64)[None, :] * {c} + k[:, None]"
+    yield f"    wide = (n < {b})[None, :] & (k < {c})[:, None]"
+    yield "    right = tl.load(w + at, mask=wide, other=0.0)"
+    yield f"    sums = {product}"
 
 
 def _panel(stage: Stage, width: int, tf32: bool) -> Iterator[str]:
     b, c = stage.block.b, stage.block.c
     yield "    sums = tl.zeros((BM, BN), tl.float32)"
-    yield f"    for start in range(0, {c}, BK):"
-    yield "        k = start + tl.arange(0, BK)"
-    yield f"        feature = {_source(stage, width, f'group * {c} + k')}"
-    yield f"        some = (k < {c})[None, :]"
-    yield "        left = tl.load(x + lines + feature[None, :], mask=live & some, other=0.0)"
-    yield f"        at = (group * {b} + n).to(tl.int64)[None, :] * {c} + k[:, None]"
-    yield f"        wide = (n < {b})[None, :] & (k < {c})[:, None]"
-    yield "        right = tl.load(w + at, mask=wide, other=0.0)"
-    yield f"        {_product(tf32)}"
+    feature = _source(stage, width, f"group * {c} + k")
+    yield from (f"    {line}" for line in _products(stage, feature, "group", tf32))
     yield f"    out = group * {b} + n"
 
 
@@ -172,15 +171,7 @@ def _sparse(stage: Stage, width: int, tf32: bool) -> Iterator[str]:
     yield "    last = tl.load(first + group + 1)"
     yield "    for e in range(tl.load(first + group), last):"
     yield f"        column = tl.load(place + e) * {c}"
-    yield f"        for start in range(0, {c}, BK):"
-    yield "            k = start + tl.arange(0, BK)"
-    yield "            feature = column + k"
-    yield f"            some = (k < {c})[None, :]"
-    yield "            left = tl.load(x + lines + feature[None, :], mask=live & some, other=0.0)"
-    yield f"            at = (e * {b} + n).to(tl.int64)[None, :] * {c} + k[:, None]"
-    yield f"            wide = (n < {b})[None, :] & (k < {c})[:, None]"
-    yield "            right = tl.load(w + at, mask=wide, other=0.0)"
-    yield f"            {_product(tf32)}"
+    yield from (f"        {line}" for line in _products(stage, "column + k", "e", tf32))
     yield f"    out = group * {b} + n"
 
 
@@ -218,8 +209,7 @@ def _tail(stage: Stage) -> Iterator[str]:
         yield f"    sums = {ACTIVATIONS[stage.act].format('sums')}"
     for name, slot, sign in (("mul", stage.mul, "*"), ("add", stage.add, "+")):
         if slot is not None:
-            yield f"    lines = m.to(tl.int64)[:, None] * {stage.out}"
-            yield f"    more = tl.load({name} + lines + out[None, :], mask=inside, other=0.0)"
+            yield f"    more = tl.load({name} + spot, mask=inside, other=0.0)"
             yield f"    sums = sums {sign} more.to(tl.float32)"
 
 

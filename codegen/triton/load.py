@@ -14,7 +14,6 @@ from structc.records import Refusal
 
 TESTED = ((3, 9), (3, 9))
 """The oldest and the newest version of Triton that the tests have seen."""
-_modules: dict[str, ModuleType] = {}
 
 
 def version() -> tuple[int, int] | None:
@@ -42,12 +41,25 @@ def module_of(source: str) -> ModuleType | Refusal:
     """The module of a source, imported once; a Refusal where there is no Triton."""
     if version() is None:
         return Refusal("", "triton", "NO_TRITON", "triton is not installed")
-    path = write(source)
-    if path.stem not in _modules:
+    return module_at(write(source))
+
+
+def module_at(path: Path) -> ModuleType:
+    """The module of a file that :func:`write` wrote, imported once."""
+    if path.stem not in sys.modules:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module  # Triton asks for the globals of its functions by name
         spec.loader.exec_module(module)
-        _modules[path.stem] = module
-    return _modules[path.stem]
+    return sys.modules[path.stem]
+
+
+def untested() -> str:
+    """What to tell of a version of Triton outside the tested ones; ``""`` inside."""
+    found = version()
+    if found is None or TESTED[0] <= found <= TESTED[1]:
+        return ""
+    low, high = (".".join(map(str, v)) for v in TESTED)
+    told = ".".join(map(str, found))
+    return f"Triton {told} is outside the tested versions, {low} to {high}"

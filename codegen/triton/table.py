@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,29 +54,26 @@ class Entry:
 
 def entries(
     case: str, form: Tile, dtype: torch.dtype, targets: Sequence[str], *, every: bool
-) -> Iterator[Entry] | Refusal:
+) -> list[Entry] | Refusal:
     """The kernels of a program for each target; with all their configs, or the default."""
     program = analyse(form, dtype)
     if isinstance(program, Refusal):
         return program
-    path = str(load.write(emit(program)))
-
-    def made() -> Iterator[Entry]:
-        for at, (stage, width) in enumerate(zip(program.stages, widths(program), strict=True)):
-            chosen = default(stage, ROWS)
-            for kernel in kernels(at, stage, width):
-                some = configs(stage, ROWS) if every else [chosen]
-                for config in dict.fromkeys(own_config(kernel, stage, c) for c in some):
-                    first = config == own_config(kernel, stage, chosen)
-                    kind = kernel.name.rpartition("_")[2]
-                    for target in targets:
-                        job = Job(
-                            path, kernel.name, kernel.pointers, DTYPES[dtype],
-                            config.constexprs(), config.warps, config.stages, target,
-                        )  # fmt: skip
-                        yield Entry(case, kind, config, first, job)
-
-    return made()
+    path, found = str(load.write(emit(program))), []
+    for at, (stage, width) in enumerate(zip(program.stages, widths(program), strict=True)):
+        chosen = default(stage, ROWS)
+        for kernel in kernels(at, stage, width):
+            some = configs(stage, ROWS) if every else [chosen]
+            for config in dict.fromkeys(own_config(kernel, stage, c) for c in some):
+                first = config == own_config(kernel, stage, chosen)
+                kind = kernel.name.rpartition("_")[2]
+                for target in targets:
+                    job = Job(
+                        path, kernel.name, kernel.pointers, DTYPES[dtype],
+                        config.constexprs(), config.warps, config.stages, target,
+                    )  # fmt: skip
+                    found.append(Entry(case, kind, config, first, job))
+    return found
 
 
 def table(

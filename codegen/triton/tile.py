@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,17 +46,17 @@ class TritonTile:
 
     form: Tile
     program: Program
-    module: ModuleType
+    calls: tuple[tuple[tuple[Kernel, Any], ...], ...]
+    """For each stage its kernels with their functions."""
     configs: Mapping[int, Config]
+    dot: Any
 
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()
     ) -> Tensor:
         slots = {at: t.contiguous() for at, t in enumerate([x, *others])}
         rows, current = x.shape[0], slots[0]
-        for at, (stage, width) in enumerate(
-            zip(self.program.stages, widths(self.program), strict=True)
-        ):
+        for at, (stage, calls) in enumerate(zip(self.program.stages, self.calls, strict=True)):
             current = slots[stage.reads] if stage.reads is not None else current
             out = current.new_empty(rows, stage.out)
             config = self.configs.get(at) or default(stage, rows)
@@ -65,22 +64,16 @@ class TritonTile:
             for name, slot in (("mul", stage.mul), ("add", stage.add)):
                 if slot is not None:
                     tensors[name] = slots[slot]
-            for kernel in kernels(at, stage, width):
-                if rows:
-                    self._launch(kernel, tensors, rows, own_config(kernel, stage, config))
+            for kernel, function in calls if rows else ():
+                own = own_config(kernel, stage, config)
+                given = [tensors[name] for name in kernel.pointers]
+                sizes = {**own.constexprs(), "DOT": self.dot}
+                grid = (kernel.grid(rows, own.bm, own.bn),)
+                function[grid](*given, rows, **sizes, num_warps=own.warps, num_stages=own.stages)
             current = out
             if stage.keeps is not None:
                 slots[stage.keeps] = current
         return current
-
-    def _launch(
-        self, kernel: Kernel, tensors: Mapping[str, Tensor], rows: int, config: Config
-    ) -> None:
-        function: Any = getattr(self.module, kernel.name)
-        grid = (kernel.grid(rows, config.bm, config.bn),)
-        given = [tensors[name] for name in kernel.pointers]
-        sizes = {**config.constexprs(), "DOT": dot_dtype(given[0].dtype)}
-        function[grid](*given, rows, **sizes, num_warps=config.warps, num_stages=config.stages)
 
 
 def dot_dtype(dtype: torch.dtype) -> Any:
@@ -115,7 +108,11 @@ def make(
     module = module_of(emit(program, tf32=tf32))
     if isinstance(module, Refusal):
         return module
-    return TritonTile(form, program, module, dict(configs or {}))
+    calls = tuple(
+        tuple((kernel, getattr(module, kernel.name)) for kernel in kernels(at, stage, width))
+        for at, (stage, width) in enumerate(zip(program.stages, widths(program), strict=True))
+    )
+    return TritonTile(form, program, calls, dict(configs or {}), dot_dtype(dtype))
 
 
 def own_config(kernel: Kernel, stage: Stage, config: Config) -> Config:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from structc.cli.session import Answer
+from structc.cli.session import Answer, note
 from structc.errors import ConfigError
 from structc.progress import named, progress_bars
-
-NAMES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
@@ -19,16 +17,20 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
     from structc.codegen.triton import load
     from structc.codegen.triton.table import table
     from structc.codegen.triton.targets import TARGETS
+    from structc.codegen.triton.tile import DTYPES
 
     names = ("float32", "bfloat16") if dtype == "both" else (dtype,)
-    if not set(names) <= set(NAMES):
-        raise ConfigError(f"--dtype must be {', '.join(NAMES)} or both, got {dtype!r}")
+    known = [str(d).removeprefix("torch.") for d in DTYPES]
+    if not set(names) <= set(known):
+        raise ConfigError(f"--dtype must be {', '.join(known)} or both, got {dtype!r}")
     version = load.version()
     if version is None:
         raise ConfigError(
             "structc bench triton compiles kernels with Triton, which is not installed",
             hint="pip install triton; no GPU is needed.",
         )
+    if told := load.untested():
+        note(told)
     with progress_bars(wanted=not no_progress) as progress:
         rows = table(
             [getattr(torch, n) for n in names], list(TARGETS), every=every,
@@ -36,7 +38,7 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
         )  # fmt: skip
     text = ".".join(map(str, version))
     head = f"Triton {text}, compiled ahead of time; resources of a program, nothing is timed"
-    return Answer({"triton": text, "kernels": rows}, "\n".join([head, "", *_lines(rows)]))
+    return Answer(rows, "\n".join([head, "", *_lines(rows)]))
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -52,9 +54,9 @@ def _line(r: Mapping[str, Any], wide: int) -> str:
     start = (
         f"{r['case']:<{wide}} {r['kernel']:<8} {r['dtype']:<5} {r['target']:<10} {r['config']:<32}"
     )
-    if r["error"]:
-        return f"{start} {r['error']}"
+    if r["status"] != "ok":
+        return f"{start} {r['status']}"
     return (
-        f"{start} {r['shared']:>7} {r['registers']:>5} {r['spilled']:>6} {r['matrix']:>6} "
-        f"{r['wide']:>5}"
+        f"{start} {r['shared_bytes']:>7} {r['registers']:>5} {r['spilled_bytes']:>6} "
+        f"{r['matrix_instructions']:>6} {r['wide_loads']:>5}"
     )

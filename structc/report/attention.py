@@ -148,16 +148,13 @@ def time_left(data: Json) -> float:
     """The share of attention's time that is left; an op of unknown time weighs as the mean."""
     known = [op["dense_ms"] for op in data["attention"] if op["dense_ms"]]
     mean = sum(known) / len(known) if known else 1.0
-    before = [op["dense_ms"] or mean for op in data["attention"]]
-    done = [
-        op["dense_ms"] and op["chosen_ms"] is not None and _done(op) for op in data["attention"]
-    ]
-    after = [op["chosen_ms"] if d else b for op, d, b in zip(data["attention"], done, before)]
-    return sum(after) / sum(before) if before else 1.0
-
-
-def _done(op: Json) -> bool:
-    return bool(op["kernel"] or op["by_method"])
+    before = after = 0.0
+    for op in data["attention"]:
+        dense = op["dense_ms"] or mean
+        rewritten = op["dense_ms"] and (op["kernel"] or op["by_method"])
+        before += dense
+        after += op["chosen_ms"] if rewritten and op["chosen_ms"] is not None else dense
+    return after / before if before else 1.0
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -186,6 +183,11 @@ def mask(op: Json) -> str:
     """What the graph proves of the mask, or else what it showed; and whether positions rotate."""
     text = str(op["proven"] or op["mask_kind"]).replace("_", " ")
     return f"{text}; rotary" if op["rotary"] else text
+
+
+def spelling(op: Json) -> str:
+    """How the model has it: one op, or the products and the softmax."""
+    return "SDPA" if op["spelling"] == "sdpa" else "spelled out"
 
 
 def method_class(method: str) -> str:

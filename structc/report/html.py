@@ -108,7 +108,13 @@ def _context(data: Json) -> Json:
         "pareto": Markup(chart),
         "by_metric": by_metric,
         "attention": [
-            {**a, "head_text": attention.heads(a), "computed_by": attention.attention_kernel(a)}
+            {
+                **a,
+                "spelled": attention.spelling(a),
+                "mask_text": attention.mask(a),
+                "head_text": attention.heads(a),
+                "computed_by": attention.attention_kernel(a),
+            }
             for a in attention.attention_groups(data)
         ],
         "attention_note": attention.attention_note(data),

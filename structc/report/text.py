@@ -232,7 +232,7 @@ def _attention(data: Json, width: int) -> Iterator[Text | Table]:
     rows = [
         [
             row["name"],
-            row["spelling"].replace("_", " "),
+            attention.spelling(row),
             attention.mask(row),
             attention.heads(row),
             *(str(row[k]) for k in ("head_dim", "length", "ops")),

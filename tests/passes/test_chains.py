@@ -233,7 +233,7 @@ class Gated(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gated_mlps_are_one_program(norm: bool) -> None:
     torch.manual_seed(2)
     model = Gated(norm)
