@@ -12,6 +12,8 @@ from structc.codegen.triton import aot, load
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.config import Config, configs, default
 from structc.codegen.triton.emit import emit, kernels, widths
+from structc.codegen.triton.predict import predict
+from structc.codegen.triton.targets import TARGETS
 from structc.codegen.triton.tile import DTYPES, analyse, own_config
 from structc.forms import Tile
 from structc.records import Refusal
@@ -43,6 +45,8 @@ class Entry:
         config: how it is cut up.
         chosen: whether that is the default.
         job: for the compiler.
+        predicted: seconds of the stage at :data:`ROWS`, by the cost model; None where it has no
+            room, or for what follows a product.
     """
 
     case: str
@@ -50,6 +54,7 @@ class Entry:
     config: Config
     chosen: bool
     job: Job
+    predicted: float | None
 
 
 def entries(
@@ -72,7 +77,11 @@ def entries(
                         path, kernel.name, kernel.pointers, DTYPES[dtype],
                         config.constexprs(), config.warps, config.stages, target,
                     )  # fmt: skip
-                    found.append(Entry(case, kind, config, first, job))
+                    model = None
+                    if kind != "norm":
+                        model = predict(stage, width, ROWS, config, job.dtype, TARGETS[target])
+                    seconds = None if model is None else model.seconds
+                    found.append(Entry(case, kind, config, first, job, seconds))
     return found
 
 
@@ -104,6 +113,7 @@ def table(
                     "config": str(entry.config),
                     "default": entry.chosen,
                     **asdict(made),
+                    "predicted_us": None if entry.predicted is None else 1e6 * entry.predicted,
                 }
             )
     progress("triton", len(wanted), len(wanted))

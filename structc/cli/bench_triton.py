@@ -15,7 +15,7 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
     import torch
 
     from structc.codegen.triton import load
-    from structc.codegen.triton.table import table
+    from structc.codegen.triton.table import ROWS, table
     from structc.codegen.triton.targets import TARGETS
     from structc.codegen.triton.tile import DTYPES
 
@@ -37,7 +37,8 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
             progress=named(progress, "kernels"),
         )  # fmt: skip
     text = ".".join(map(str, version))
-    head = f"Triton {text}, compiled ahead of time; resources of a program, nothing is timed"
+    head = f"Triton {text}, compiled ahead of time: resources of a program. Nothing is timed;\n"
+    head += f"model us: what a cost model predicts for {ROWS} rows."
     return Answer(rows, "\n".join([head, "", *_lines(rows)]))
 
 
@@ -45,7 +46,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     wide = max(len(r["case"]) for r in rows)
     head = (
         f"{'case':<{wide}} {'kernel':<8} {'dtype':<5} {'target':<10} {'config':<32} {'shared':>7} "
-        f"{'regs':>5} {'spills':>6} {'matrix':>6} {'wide':>5}"
+        f"{'regs':>5} {'spills':>6} {'matrix':>6} {'wide':>5} {'model us':>8}"
     )
     return [head, *(_line(r, wide) for r in rows)]
 
@@ -56,7 +57,8 @@ def _line(r: Mapping[str, Any], wide: int) -> str:
     )
     if r["status"] != "ok":
         return f"{start} {r['status']}"
+    predicted = "" if r["predicted_us"] is None else f"{r['predicted_us']:.1f}"
     return (
         f"{start} {r['shared_bytes']:>7} {r['registers']:>5} {r['spilled_bytes']:>6} "
-        f"{r['matrix_instructions']:>6} {r['wide_loads']:>5}"
+        f"{r['matrix_instructions']:>6} {r['wide_loads']:>5} {predicted:>8}"
     )

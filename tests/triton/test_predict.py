@@ -1,0 +1,170 @@
+"""The cost model: what it counts is what kernels do, and its ranking moves the right way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from structc.codegen.cpu.samples import sample
+from structc.codegen.program import Program, stages_of
+from structc.codegen.triton import tile
+from structc.codegen.triton.config import Config, configs
+from structc.codegen.triton.emit import widths
+from structc.codegen.triton.predict import BYTES, counted, predict, ranked, roofline
+from structc.codegen.triton.targets import TARGETS, target_of
+from structc.forms import Tile
+from structc.records import Refusal
+
+PROGRAMS = {
+    "dense": "block(1,33,70,1) bias(33) act(gelu,33) add(33,1)",
+    "low rank": "block(1,12,70,1) block(1,33,12,1) bias(33)",
+    "monarch": "block(4,12,10,1) permute(4,12) block(12,5,4,1)",
+    "strided": "block(2,3,5,7)",
+    "sparse": "sparse(24,40,6,8,7) bias(24)",
+    "shuffle": "permute(3,5)",
+}
+ROWS = 37
+
+
+def program_of(text: str, dtype: torch.dtype = torch.bfloat16) -> Program:
+    program = stages_of(Tile.parse(text), dtype, folds=True)
+    assert not isinstance(program, Refusal)
+    return program
+
+
+class Seen:
+    """What one launch did, as the interpreter saw it."""
+
+    def __init__(self) -> None:
+        self.read: dict[int, int] = {}
+        self.wrote: dict[int, int] = {}
+        self.loaded = self.multiplied = 0
+
+    @property
+    def memory(self) -> int:
+        return sum(self.read.values()) + sum(self.wrote.values())
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """A record of each launch from here on."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, dot = (
+        getattr(builder, f"create_{n}") for n in ("masked_load", "masked_store", "dot")
+    )
+    call, seen = executor.__call__, []
+
+    def touched(ptrs: Any, mask: Any) -> tuple[np.ndarray, int]:
+        lanes = np.broadcast_to(mask.data, ptrs.data.shape)
+        return ptrs.data[lanes], ptrs.get_element_ty().primitive_bitwidth // 8
+
+    def see_call(self: Any, *args: Any, **more: Any) -> Any:
+        seen.append(Seen())
+        return call(self, *args, **more)
+
+    def see_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        at, size = touched(ptrs, mask)
+        seen[-1].read.update(dict.fromkeys(at.ravel().tolist(), size))
+        seen[-1].loaded += size * at.size
+        return load(self, ptrs, mask, *rest)
+
+    def see_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        at, size = touched(ptrs, mask)
+        assert not seen[-1].wrote.keys() & set(at.ravel().tolist())  # nothing is written twice
+        seen[-1].wrote.update(dict.fromkeys(at.ravel().tolist(), size))
+        return store(self, ptrs, value, mask, *rest)
+
+    def see_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        seen[-1].multiplied += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(executor, "__call__", see_call)
+    monkeypatch.setattr(builder, "create_masked_load", see_load)
+    monkeypatch.setattr(builder, "create_masked_store", see_store)
+    monkeypatch.setattr(builder, "create_dot", see_dot)
+    return seen
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_counts_are_what_kernels_do(name: str, launches: list[Seen]) -> None:
+    program = program_of(PROGRAMS[name])
+    (x, *others), weights = sample(Tile.parse(PROGRAMS[name]), rows=ROWS, dtype=torch.bfloat16)
+    kernel = tile.make(Tile.parse(PROGRAMS[name]), torch.bfloat16)
+    assert not isinstance(kernel, Refusal)
+    kernel(x, weights, others)
+    found = counted(program, ROWS, 2)
+    assert [seen.memory for seen in launches] == [w.memory for w in found]
+    for seen, w, stage in zip(launches, found, program.stages, strict=True):
+        assert seen.multiplied == (w.done if stage.kind in ("panel", "sparse") else 0)
+        assert w.flops <= w.done and (w.done or stage.kind == "shuffle")
+        assert seen.loaded <= w.loads + 16 * w.programs * (w.turns + 2)  # places, of sparse
+
+
+def test_monarch_of_rank_one_against_the_dense_roofline() -> None:
+    """What memory and products allow on an H100: a quarter of the dense product's, and less."""
+    h100, n, rows = target_of("cuda:90"), 4096, 4096
+    program = program_of("block(32,32,128,1) permute(32,32) block(32,128,32,1)")
+    assert len(program.stages) == 2  # no permuted copy in between
+    ours = sum(roofline(w.done, w.memory, h100, "bf16") for w in counted(program, rows, 2))
+    dense = roofline(2 * rows * n * n, 2 * (2 * rows * n + n * n), h100, "bf16")
+    assert 0.15 < ours / dense <= 0.25
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([64, 256, 1024, 4096]), st.sampled_from([64, 256, 1024, 4096]),
+    st.sampled_from([1, 16, 100, 1024, 8192]), st.sampled_from(list(TARGETS)),
+)  # fmt: skip
+def test_more_work_is_never_predicted_faster(n: int, m: int, rows: int, name: str) -> None:
+    target, config = target_of(name), Config(32, 64, 64, 4, 3)
+
+    def of(n: int, m: int, rows: int, dtype: str = "bf16", on: Any = target) -> float:
+        stage = program_of(f"block(1,{m},{n},1)").stages[0]
+        found = predict(stage, n, rows, config, dtype, on)
+        assert found is not None
+        return found.seconds
+
+    base = of(n, m, rows)
+    for more in (
+        of(2 * n, m, rows), of(n, m, rows, "fp32"), of(n, m, rows + 1), of(n, m, 500 * rows)
+    ):  # fmt: skip
+        assert base <= (1 + 1e-9) * more
+    better = replace(
+        target, bandwidth=2 * target.bandwidth, flops={k: 2 * v for k, v in target.flops.items()}
+    )
+    assert of(n, m, rows, "bf16", better) <= (1 + 1e-9) * base
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+@pytest.mark.parametrize("dtype", list(BYTES))
+def test_ranking(name: str, dtype: str) -> None:
+    target, program = target_of(name), program_of("block(1,4096,4096,1) bias(4096)")
+    stage, width = program.stages[0], widths(program)[0]
+    for rows in (1, 64, 4096):
+        found = ranked(stage, width, rows, dtype, target)
+        seconds = [p.seconds for _, p in found]
+        assert seconds == sorted(seconds) and found
+        assert all(p.shared <= target.shared and p.occupancy >= 1 for _, p in found)
+        assert {c for c, _ in found} <= set(configs(stage, rows))
+        size = BYTES[dtype]
+        least = roofline(2 * rows * 4096**2, size * 4096**2, target, dtype)
+        assert seconds[0] > least  # nothing is faster than the published peaks
+    best = ranked(stage, width, 4096, dtype, target)[0][0]
+    if dtype != "fp32":  # whose products take longer than loads of any tile
+        assert best.bm * best.bn > 32 * 32
+
+
+def test_no_room_is_no_prediction() -> None:
+    stage = program_of("block(1,4096,4096,1)").stages[0]
+    config = Config(128, 128, 128, 8, 4)
+    assert predict(stage, 4096, 4096, config, "bf16", target_of("hip:gfx942")) is None
+    assert predict(stage, 4096, 4096, config, "fp32", target_of("cuda:90")) is None
+    assert predict(stage, 4096, 4096, config, "fp16", target_of("cuda:90")) is None
