@@ -784,6 +784,29 @@ def test_null_is_what_noise_gives(family, n, m) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
+def test_triton_kernels(family) -> None:
+    """Each form runs on kernels for GPUs, here under Triton's interpreter, or says why not."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from structc.codegen.triton.tile import make
+
+    n, m = home(family)
+    for hyper in hypers(family, n, m):
+        module = random_member(family, n, m, hyper, torch.float32, bias=True)
+        form = module.form("relu")
+        if isinstance(form, PackedDense):
+            form = Tile.parse(f"block(1,{m},{n},1) bias({m}) act(relu,{m})")
+        kernel = make(form, torch.float32)
+        if isinstance(kernel, Refusal):
+            assert kernel.code == "SPECTRAL" and kernel.reason
+            assert any(isinstance(s, SPECTRAL) for s in form.steps)
+            continue
+        x = torch.randn(7, n)
+        got = kernel(x, [*(f.detach() for f in module.factors()), module.bias.detach()])
+        want = x.double() @ module.to_dense().detach().double().T + module.bias.detach().double()
+        assert relative_error(got, want.relu()) <= 1e-5, str(form)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_null_of_a_large_weight_is_sampled_at_a_small_one(family, monkeypatch) -> None:
     for n, m in ((4096, 4096), (1024, 4096)):
         for hyper in family.proposals(n, m):
