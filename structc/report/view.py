@@ -297,7 +297,7 @@ def tiles(data: Json) -> list[tuple[str, str, str]]:
 def facts(data: Json) -> list[tuple[str, str]]:
     """How the report came about: calibration, verification, machine, versions, resources."""
     t, c, v, p = data["target"], data["calibration"], data["verification"], data["plan"]
-    found = [("calibration", "no calibration data: fits are data-free")]
+    found = [("calibration", "none was used: what was fitted, was fitted to weights alone")]
     if c:
         text = f"{count(c['batches'], 'batch')}, {count(c['rows'], 'row')}, "
         text += count(c["inputs"], "distinct input")
