@@ -330,7 +330,7 @@ def test_every_form_of_calibration_data(data: Any) -> None:
         mlp(), inputs(512), **{**APPROXIMATE, "calibration": data, "budget": Budget(error=0.4)}
     )
     report = fast.report.to_dict()
-    assert "none was used" not in str(report)
+    assert "none was used" not in " ".join(str(fast.report).split())
     assert report["verification"]["error"] <= 0.4
 
 
