@@ -35,6 +35,8 @@ class Config:
 
 DOT = 16
 """Least rows, outputs and columns of a product of matrices."""
+PRODUCTS = ("panel", "sparse")
+"""Kinds of stages that multiply matrices."""
 _SHAPES = (
     (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3),
     (64, 64, 64, 4, 3), (128, 32, 64, 4, 3), (32, 64, 64, 4, 3), (64, 32, 32, 4, 3),
@@ -56,7 +58,7 @@ def power_above(n: int) -> int:
 
 def configs(stage: Stage, rows: int) -> Iterator[Config]:
     """What may be tried for a stage at so many rows, without what only adds empty lanes."""
-    product = stage.kind in ("panel", "sparse")
+    product = stage.kind in PRODUCTS
     outputs = stage.block.b if product else stage.block.d if stage.kind == "strided" else stage.out
     seen = set()
     for bm, bn, bk, warps, stages in _SHAPES if product else _WHOLE:

@@ -51,7 +51,11 @@ def module_at(path: Path) -> ModuleType:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module  # Triton asks for the globals of its functions by name
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:  # or the next call would take half a module for a whole one
+            del sys.modules[path.stem]
+            raise
     return sys.modules[path.stem]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from structc.codegen.program import Program, Stage
-from structc.codegen.triton.config import Config, configs, default
+from structc.codegen.triton.config import PRODUCTS, Config, configs, default
 from structc.codegen.triton.emit import kernels, widths
 from structc.codegen.triton.targets import GpuTarget
 
@@ -64,9 +64,9 @@ def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work
     """
     block, kernel = stage.block, kernels(0, stage, width)[0]
     programs = kernel.grid(rows, config.bm, config.bn)
-    product = stage.kind in ("panel", "sparse")
-    factor = {"panel": 1, "strided": 1, "sparse": 1}.get(stage.kind, 0)
-    params = factor * block.a * block.b * block.c * block.d
+    product = stage.kind in PRODUCTS
+    factor = product or stage.kind == "strided"
+    params = block.a * block.b * block.c * block.d if factor else 0
     turns = -(-block.c // config.bk) if product else block.c if factor else 1
     every = programs * turns
     extras = [s for s in (stage.mul, stage.add) if s is not None]
@@ -146,7 +146,7 @@ def predict(
         dtype: of :data:`BYTES`; ``"tf32"`` is float32 with rounded factors.
         target: the GPU.
     """
-    size, product = BYTES[dtype], stage.kind in ("panel", "sparse")
+    size, product = BYTES[dtype], stage.kind in PRODUCTS
     done = work(stage, width, rows, config, size)
     buffers = max(1, config.stages - target.early) if done.turns > 1 else 1
     shared = buffers * (config.bm + config.bn) * config.bk * size if product else 0

@@ -72,6 +72,12 @@ def test_versions_that_nobody_tested(
     assert load.untested().startswith(told) and bool(load.untested()) == bool(told)
 
 
+def test_a_module_that_fails_is_not_kept() -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            load.module_of("half = 1\n1 / 0\n")
+
+
 def test_targets_by_name() -> None:
     assert target_of("hip:gfx942").warp == 64
     with pytest.raises(ConfigError, match="cuda:75"):
