@@ -22,7 +22,6 @@ from structc.codegen.triton.targets import TARGETS, GpuTarget
 
 FUSED = {"enable_fp_fusion": True}
 """Said outright: Triton's default changes with its version."""
-_SIGNATURE = {"rows": "i32", "first": "*i64", "place": "*i64"}
 _DOT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -32,18 +31,19 @@ class Job:
 
     Attributes:
         path, function: where its source is.
-        pointers: its tensors.
-        dtype: of them, ``"bf16"``, ``"fp16"`` or ``"fp32"``.
-        sizes: compile-time arguments.
+        arguments: by name what they are, in order: ``"*bf16"``, ``"*i64"``, ``"i32"``, ``"fp32"``;
+            pointers are taken to be aligned to 16 bytes.
+        sizes: compile-time arguments; ``DOT`` is the dtype of products.
+        dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         warps, stages: of :class:`structc.codegen.triton.config.Config`.
         target: name of a :class:`structc.codegen.triton.targets.GpuTarget`.
     """
 
     path: str
     function: str
-    pointers: tuple[str, ...]
-    dtype: str
+    arguments: Mapping[str, str]
     sizes: Mapping[str, int]
+    dtype: str
     warps: int
     stages: int
     target: str
@@ -97,7 +97,7 @@ def _main() -> None:
 
 def _run(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for given in jobs:
-        job = Job(**{**given, "pointers": tuple(given["pointers"])})
+        job = Job(**given)
         try:
             yield asdict(_compile(job))
         except Exception as e:  # whatever the compiler raises is the job's result
@@ -113,10 +113,10 @@ def _compile(job: Job) -> Compiled:
 
     function = getattr(module_at(Path(job.path)), job.function)
     target = TARGETS[job.target]
-    signature = {name: _SIGNATURE.get(name, f"*{job.dtype}") for name in job.pointers}
-    signature |= {"rows": "i32", **dict.fromkeys((*job.sizes, "DOT"), "constexpr")}
+    signature = {**job.arguments, **dict.fromkeys((*job.sizes, "DOT"), "constexpr")}
     values = {**job.sizes, "DOT": getattr(tl, _DOT[job.dtype])}
-    aligned: dict[Any, Any] = {(at,): [["tt.divisibility", 16]] for at in range(len(job.pointers))}
+    kinds = enumerate(job.arguments.values())
+    aligned: dict[Any, Any] = {(at,): [["tt.divisibility", 16]] for at, k in kinds if k[0] == "*"}
     made = triton.compile(
         ASTSource(function, signature, values, aligned),
         target=GPUTarget(target.backend, target.arch, target.warp),

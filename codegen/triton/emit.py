@@ -41,6 +41,11 @@ class Kernel:
     groups: int
     outputs: int
 
+    def arguments(self, dtype: str) -> dict[str, str]:
+        """What a call passes, as Triton spells types."""
+        whole = dict.fromkeys(("first", "place"), "*i64")
+        return {**{n: whole.get(n, f"*{dtype}") for n in self.pointers}, "rows": "i32"}
+
     def grid(self, rows: int, bm: int, bn: int) -> int:
         """Programs of a call."""
         return -(-rows // bm) * self.groups * -(-self.outputs // bn)

@@ -74,8 +74,8 @@ def entries(
                 kind = kernel.name.rpartition("_")[2]
                 for target in targets:
                     job = Job(
-                        path, kernel.name, kernel.pointers, DTYPES[dtype],
-                        config.constexprs(), config.warps, config.stages, target,
+                        path, kernel.name, kernel.arguments(DTYPES[dtype]), config.constexprs(),
+                        DTYPES[dtype], config.warps, config.stages, target,
                     )  # fmt: skip
                     model = None
                     if kind != "norm":
@@ -83,6 +83,19 @@ def entries(
                     seconds = None if model is None else model.seconds
                     found.append(Entry(case, kind, config, first, job, seconds))
     return found
+
+
+def _programs(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Entry]:
+    found: list[Entry] = []
+    for case, text in PROGRAMS.items():
+        some = entries(case, Tile.parse(text), dtype, targets, every=every)
+        assert not isinstance(some, Refusal), some
+        found += some
+    return found
+
+
+SOURCES = (_programs,)
+"""What gives the entries of a dtype, one for each kind of operator."""
 
 
 def table(
@@ -93,12 +106,7 @@ def table(
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """Each kernel compiled for each target, as plain data; a failure is a row with its error."""
-    wanted: list[Entry] = []
-    for dtype in dtypes:
-        for case, text in PROGRAMS.items():
-            found = entries(case, Tile.parse(text), dtype, targets, every=every)
-            assert not isinstance(found, Refusal), found
-            wanted += found
+    wanted = [e for dtype in dtypes for make in SOURCES for e in make(dtype, targets, every)]
     rows = []
     for start in range(0, len(wanted), BATCH):
         progress("triton", start, len(wanted))
