@@ -62,6 +62,8 @@ class Stage:
         mul, add: slots that it is multiplied by, and that are added then.
         norm: the normalisation behind that, and the position of its first weight.
         keeps: the slot where the output stays.
+        inner: the stages in front of it whose outputs never leave the kernel.
+        turns: its output is stored through a shuffle of so many blocks; 0 as it is.
     """
 
     kind: str
@@ -79,6 +81,8 @@ class Stage:
     add: int | None = None
     norm: tuple[Norm, int] | None = None
     keeps: int | None = None
+    inner: tuple[Stage, ...] = ()
+    turns: int = 0
 
     @property
     def tail(self) -> str:

@@ -102,7 +102,8 @@ def _run(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             yield asdict(_compile(job))
         except Exception as e:  # whatever the compiler raises is the job's result
             text = " ".join(f"{type(e).__name__}: {e}".split())
-            yield asdict(Compiled(status=text[:400]))
+            short = text if len(text) <= 400 else f"{text[:120]} ... {text[-280:]}"
+            yield asdict(Compiled(status=short))
 
 
 def _compile(job: Job) -> Compiled:

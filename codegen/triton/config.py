@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from structc.codegen.program import Stage
 
@@ -17,6 +16,8 @@ class Config:
         bm, bn, bk: rows, outputs and columns of a tile; powers of two.
         warps: of a program.
         stages: tiles of the loop over columns that are on their way at a time.
+        groups: blocks that a program takes together.
+        split: programs that share the columns of an output, whose sums are added up afterwards.
     """
 
     bm: int
@@ -24,26 +25,57 @@ class Config:
     bk: int
     warps: int
     stages: int
+    groups: int = 1
+    split: int = 1
 
-    def constexprs(self) -> dict[str, int]:
-        """The compile-time arguments of a kernel."""
-        return {"BM": self.bm, "BN": self.bn, "BK": self.bk}
+    def constexprs(self, names: Sequence[str]) -> dict[str, int]:
+        """The compile-time arguments of a kernel, those that it names."""
+        every = {
+            "BM": self.bm, "BN": self.bn, "BK": self.bk, "BG": self.groups, "SPLIT": self.split
+        }  # fmt: skip
+        return {name: every[name] for name in names}
 
     def __str__(self) -> str:
-        return "{bm}x{bn}x{bk}, {warps} warps, {stages} stages".format(**asdict(self))
+        words = ["{bm}x{bn}x{bk}, {warps} warps, {stages} stages".format(**asdict(self))]
+        words += [f"{self.groups} blocks"] if self.groups > 1 else []
+        words += [f"split {self.split}"] if self.split > 1 else []
+        return ", ".join(words)
 
 
 DOT = 16
 """Least rows, outputs and columns of a product of matrices."""
-PRODUCTS = ("panel", "sparse")
+PRODUCTS = ("panel", "sparse", "turned", "pair", "bottleneck", "coupled")
 """Kinds of stages that multiply matrices."""
-_SHAPES = (
+FEW = 128
+"""Rows up to which programs may share the columns of an output."""
+VECTOR = 8
+"""Rows up to which each may be a product with a vector."""
+_TILES = (
     (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3),
     (64, 64, 64, 4, 3), (128, 32, 64, 4, 3), (32, 64, 64, 4, 3), (64, 32, 32, 4, 3),
     (16, 64, 64, 4, 3), (16, 128, 64, 4, 3), (32, 32, 32, 4, 2), (16, 16, 16, 1, 2),
 )  # fmt: skip
 """Tiles of products, the largest first."""
-_WHOLE = ((64, 64, 1, 4, 1), (16, 128, 1, 4, 1), (8, 256, 1, 4, 1), (1, 1024, 1, 4, 1))
+_ROWS = ((16, 256), (8, 512), (4, 1024), (2, 1024), (32, 128), (8, 128), (64, 64), (1, 2048))
+"""Outputs and columns of a product with a vector."""
+_SPLITS = (2, 4, 8, 16)
+_BLOCKS = (
+    (64, 32, 16, 8, 2, 16), (32, 32, 16, 8, 2, 16), (32, 16, 16, 8, 3, 16), (32, 32, 32, 8, 2, 8),
+    (64, 16, 16, 8, 2, 16), (16, 64, 16, 8, 2, 16), (16, 32, 16, 8, 2, 16), (16, 16, 16, 8, 2, 16),
+    (16, 32, 32, 8, 2, 32), (32, 64, 32, 4, 2, 4), (16, 16, 16, 4, 2, 4), (64, 64, 32, 4, 2, 1),
+    (16, 16, 16, 4, 2, 1),
+)  # fmt: skip
+"""Tiles of products with several blocks at a time; those are the last number."""
+_ON_CHIP = (
+    (128, 64, 64, 8, 2), (128, 32, 32, 8, 2), (64, 128, 64, 8, 2), (64, 64, 64, 4, 2),
+    (64, 64, 32, 8, 2), (64, 32, 32, 4, 2), (32, 64, 64, 4, 2), (32, 64, 32, 8, 2),
+    (32, 32, 32, 4, 2), (16, 64, 64, 4, 2), (16, 32, 16, 8, 2), (16, 16, 16, 4, 2),
+)  # fmt: skip
+"""Tiles of two products that hold what is between."""
+_WHOLE = (
+    (64, 64, 1, 4, 1), (32, 64, 1, 4, 1), (16, 128, 1, 4, 1), (32, 128, 1, 8, 1),
+    (8, 256, 1, 4, 1), (4, 512, 1, 4, 1), (1, 1024, 1, 4, 1), (128, 32, 1, 4, 1),
+)  # fmt: skip
 """Tiles of what goes entry by entry."""
 
 
@@ -56,27 +88,41 @@ def power_above(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def configs(stage: Stage, rows: int) -> Iterator[Config]:
+def configs(stage: Stage, rows: int) -> list[Config]:
     """What may be tried for a stage at so many rows, without what only adds empty lanes."""
     product = stage.kind in PRODUCTS
-    outputs = stage.block.b if product else stage.block.d if stage.kind == "strided" else stage.out
-    seen = set()
-    for bm, bn, bk, warps, stages in _SHAPES if product else _WHOLE:
-        least = DOT if product else 1
-        made = Config(
+    least, block = DOT if product else 1, stage.block
+    outputs = block.b if product else block.d if stage.kind == "strided" else stage.out
+    columns = stage.inner[0].block.c if stage.inner else block.c
+    shapes: tuple[tuple[int, ...], ...] = _TILES if product else _WHOLE
+    if stage.kind in ("turned", "pair"):
+        shapes = _BLOCKS
+    elif stage.inner:
+        shapes = _ON_CHIP
+    found = [
+        Config(
             min(bm, max(least, power_above(rows))),
             min(bn, max(least, power_above(outputs))),
-            min(bk, max(least, power_above(stage.block.c))) if product else 1,
+            min(bk, max(least, power_above(columns))) if product else 1,
             warps,
             stages,
+            min(groups[0], power_above(block.a)) if groups else 1,
         )
-        if made not in seen:
-            seen.add(made)
-            yield made
+        for bm, bn, bk, warps, stages, *groups in shapes
+    ]
+    if stage.kind == "panel":
+        found = [*_few(stage, rows, found), *found]
+    return list(dict.fromkeys(found))
 
 
-@functools.lru_cache(maxsize=4096)
-def default(stage: Stage, rows: int) -> Config:
-    """The first that does not leave half of its rows empty."""
-    found = list(configs(stage, rows))
-    return next((c for c in found if c.bm <= max(DOT, rows)), found[-1])
+def _few(stage: Stage, rows: int, tiles: Sequence[Config]) -> Iterator[Config]:
+    """What few rows may take besides tiles."""
+    b, c = stage.block.b, stage.block.c
+    if rows <= VECTOR:
+        for bn, bk in _ROWS:
+            yield Config(1, min(bn, power_above(b)), min(bk, power_above(c)), 4, 1)
+    if rows <= FEW:
+        for config in tiles:
+            for split in _SPLITS:
+                if c >= 2 * split * config.bk and config.bm <= max(DOT, power_above(rows)):
+                    yield replace(config, split=split)

@@ -3,7 +3,7 @@
 What a stage does is counted (flops, bytes, programs); the tests hold the counts against what the
 interpreter sees its kernels load, store and multiply. What a GPU makes of them is a model:
 
-    time = launch + the longest of
+    time = launch + the longest, and a tenth of the others, of
                flops / peak / share,          share: of multiprocessors that have a program
                bytes / bandwidth,             each tensor once
                loads / L2 bandwidth / share,  all that programs ask for
@@ -14,12 +14,15 @@ It ranks configs where no GPU is there to time them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from structc.codegen.program import Program, Stage
-from structc.codegen.triton.config import PRODUCTS, Config, configs, default
-from structc.codegen.triton.emit import kernels, widths
+from structc.codegen.program import Stage
+from structc.codegen.triton.config import PRODUCTS, Config, configs
+from structc.codegen.triton.emit import kernels
+from structc.codegen.triton.pair import middle_of
 from structc.codegen.triton.targets import GpuTarget
+from structc.forms import Block
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 LAUNCH = 3e-6
@@ -28,8 +31,12 @@ LATENCY = 0.6e-6
 """Seconds from a load to its use."""
 CACHED = 3.0
 """How much more than memory the L2 cache gives."""
+SEEN = 0.1
+"""Share of what goes on beside the longest part that is not hidden by it; assumed."""
 SPARE = 48
 """Registers of a thread beside its sums."""
+SECTOR = 32
+"""Bytes that a cache hands out together."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,25 @@ class Work:
 
     Attributes:
         flops: of its products, without those of empty lanes.
-        done: with them.
+        done: by matrix units, with them.
+        plain: by other units, with them.
         memory: bytes of each tensor once: what no cache saves.
         loads: bytes that programs load and store, from caches too, with those of empty lanes.
+        wasted: more bytes that come along with loads of single numbers, in sectors.
         programs: that the product is cut into.
         turns: of each program's loop.
+        launches: kernels.
     """
 
     flops: int
     done: int
+    plain: int
     memory: int
     loads: int
+    wasted: int
     programs: int
     turns: int
+    launches: int
 
 
 def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work:
@@ -62,48 +75,126 @@ def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work
         config: of its product.
         size: bytes of an element.
     """
-    block, kernel = stage.block, kernels(0, stage, width)[0]
-    programs = kernel.grid(rows, config.bm, config.bn)
-    product = stage.kind in PRODUCTS
-    factor = product or stage.kind == "strided"
-    params = block.a * block.b * block.c * block.d if factor else 0
-    turns = -(-block.c // config.bk) if product else block.c if factor else 1
-    every = programs * turns
-    extras = [s for s in (stage.mul, stage.add) if s is not None]
-    bias = 0 if stage.bias is None else stage.out
-    out = rows * stage.out * (1 + len(extras))
+    run, extra = kernels(0, stage, config), (stage.mul is not None) + (stage.add is not None)
+    programs = run[0].grid(rows, config)
+    loop = _LOOPS.get(stage.kind, _moves)(stage, config, programs)
+    params = sum(math.prod((b.a, b.b, b.c, b.d)) for b in _factors(stage))
+    bias = stage.out if stage.bias is not None else 0
     read = width if stage.kind != "listed" else stage.out
-    places = {"listed": stage.out, "sparse": kernel.groups + 1 + block.d}.get(stage.kind, 0)
+    groups = run[0].groups
+    places = {"listed": stage.out, "sparse": groups + 1 + stage.block.d}.get(stage.kind, 0)
+    out = rows * stage.out * (1 + extra)
     memory = size * (rows * read + params + out + bias) + 8 * places
-    if stage.kind == "sparse":  # a program takes the blocks of its row, block.d are in all
-        every = programs // max(1, kernel.groups) * block.d * turns
-        turns = -(-every // max(1, programs))
-    depth = config.bk if product else 1
-    tile = config.bm * depth + depth * config.bn if product else config.bm * config.bn
-    finish = config.bm * config.bn * (1 + len(extras)) + (config.bn if bias else 0)
-    loads = size * (every * tile + programs * finish)
-    done = 2 * every * config.bm * config.bn * depth if factor else 0
+    outputs = loop.outputs * (1 + extra) + (loop.outputs // max(1, config.bm) if bias else 0)
+    loads = size * (loop.inputs + outputs)
+    if run[0].shares:
+        shares = 4 * config.split * rows * stage.out
+        memory += 2 * shares
+        loads += shares + 4 * config.split * (loop.outputs // config.split) - size * loop.outputs
+        loads += size * rows * stage.out * (1 + extra) + size * stage.out * rows
     if stage.norm is not None:
         memory += size * (2 * rows * stage.out + stage.norm[0].weights * stage.out)
         loads += 2 * size * rows * stage.out
-    return Work(2 * rows * params, done, memory, loads, programs, turns)
+    wasted = (SECTOR // size - 1) * size * loop.left if stage.blocks else 0
+    return Work(
+        2 * rows * params, loop.done, loop.plain, memory, loads, wasted, programs, loop.turns,
+        len(run),
+    )  # fmt: skip
 
 
-def counted(program: Program, rows: int, size: int) -> list[Work]:
-    """The work of a program's stages under their default configs.
+@dataclass(frozen=True)
+class _Loop:
+    """Numbers of all programs together: loaded, of those the ones of x, stored; flops; turns of
+    one."""
 
-    >>> from structc.codegen.program import stages_of
-    >>> import torch
-    >>> from structc.forms import Tile
-    >>> form = Tile.parse("block(32,32,128,1) permute(32,32) block(32,128,32,1)")
-    >>> found = counted(stages_of(form, torch.bfloat16, folds=True), 4096, 2)
-    >>> sum(w.memory for w in found)  # x, the middle twice, y, two factors
-    84410368
-    """
-    return [
-        work(stage, width, rows, default(stage, rows), size)
-        for stage, width in zip(program.stages, widths(program), strict=True)
-    ]
+    inputs: int
+    left: int
+    outputs: int
+    done: int = 0
+    plain: int = 0
+    turns: int = 1
+
+
+def _factors(stage: Stage) -> list[Block]:
+    kinds = (*PRODUCTS, "strided")
+    return [s.block for s in (*stage.inner, stage) if s.kind in kinds]
+
+
+def _panel(stage: Stage, config: Config, programs: int) -> _Loop:
+    turns = -(-stage.block.c // config.bk)
+    if config.bm == 1:
+        each = config.bk * (config.bn + 1)
+        plain = 2 * programs * turns * config.bk * config.bn
+        left = programs * turns * config.bk
+        return _Loop(programs * turns * each, left, programs * config.bn, 0, plain, turns)
+    return _tiles(config, programs, programs // config.split * turns, -(-turns // config.split))
+
+
+def _tiles(config: Config, programs: int, every: int, turns: int) -> _Loop:
+    left, right = config.bm * config.bk, config.bk * config.bn
+    done = 2 * every * config.bm * config.bn * config.bk
+    outputs = programs * config.bm * config.bn
+    return _Loop(every * (left + right), every * left, outputs, done, 0, turns)
+
+
+def _sparse(stage: Stage, config: Config, programs: int) -> _Loop:
+    """A program takes the blocks of its row; block.d are in all."""
+    groups = stage.out // max(1, stage.block.b)
+    every = programs // max(1, groups) * stage.block.d * -(-stage.block.c // config.bk)
+    return _tiles(config, programs, every, -(-every // max(1, programs)))
+
+
+def _turned(stage: Stage, config: Config, programs: int) -> _Loop:
+    turns = -(-stage.block.c // config.bk)
+    one = _tiles(config, programs, programs * turns, turns)
+    g = config.groups
+    return _Loop(g * one.inputs, g * one.left, g * one.outputs, g * one.done, 0, turns)
+
+
+def _two(stage: Stage, config: Config, programs: int) -> _Loop:
+    """Two factors with what is between on chip."""
+    mid, first, last = middle_of(stage), stage.inner[0].block, stage.block
+    turns, tiles = -(-first.c // config.bk), -(-last.b // config.bn)
+    groups = last.a if stage.kind == "coupled" else config.groups
+    rank = mid.wide_rank * (config.groups if stage.kind == "pair" else 1)
+    depth = mid.wide_rank * (mid.wide_blocks if stage.kind == "pair" else 1)
+    left = turns * mid.wide_blocks * config.bm * config.bk
+    right = turns * mid.wide_blocks * config.bk * rank
+    second = tiles * groups * depth * config.bn
+    outputs = tiles * groups * config.bm * config.bn
+    done = 2 * (left * rank + outputs * depth)
+    plain = 0
+    if stage.kind == "coupled":
+        shares = groups * mid.wide_blocks * mid.wide_rank
+        second, plain = second + shares, 2 * shares * config.bm
+    inputs = programs * (left + right + second)
+    turns += groups * tiles
+    return _Loop(inputs, programs * left, programs * outputs, programs * done, programs * plain,
+                 turns)  # fmt: skip
+
+
+def _strided(stage: Stage, config: Config, programs: int) -> _Loop:
+    tile, c = config.bm * config.bn, stage.block.c
+    every = programs * c
+    inputs = every * (tile + config.bn)
+    return _Loop(inputs, every * tile, programs * tile, 0, 2 * every * tile, c)
+
+
+def _moves(stage: Stage, config: Config, programs: int) -> _Loop:
+    tile = programs * config.bm * config.bn
+    return _Loop(tile, tile, tile)
+
+
+_LOOPS = {
+    "panel": _panel,
+    "sparse": _sparse,
+    "turned": _turned,
+    "pair": _two,
+    "bottleneck": _two,
+    "coupled": _two,
+    "strided": _strided,
+}
+"""How programs of a kind go on; the others copy."""
 
 
 def roofline(flops: int, memory: int, target: GpuTarget, dtype: str) -> float:
@@ -146,11 +237,10 @@ def predict(
         dtype: of :data:`BYTES`; ``"tf32"`` is float32 with rounded factors.
         target: the GPU.
     """
-    size, product = BYTES[dtype], stage.kind in PRODUCTS
+    size = BYTES[dtype]
     done = work(stage, width, rows, config, size)
-    buffers = max(1, config.stages - target.early) if done.turns > 1 else 1
-    shared = buffers * (config.bm + config.bn) * config.bk * size if product else 0
-    registers = config.bm * config.bn // (config.warps * target.warp) + SPARE
+    shared, numbers = _room(stage, config, size, target, done.turns)
+    registers = numbers // (config.warps * target.warp) + SPARE
     if shared > target.shared or registers > target.registers:
         return None
     held = min(
@@ -160,19 +250,44 @@ def predict(
     )
     if not held:
         return None
-    peak = target.flops[dtype if product else "fp32"]
     full = -(-done.programs // target.units) * target.units
     share = done.programs / full if done.programs else 1.0
     waves = -(-done.programs // (target.units * held))
+    products = done.done / target.flops[dtype] + done.plain / target.flops["fp32"]
     parts = {
-        "products": done.done / peak / share,
+        "products": products / share,
         "memory": done.memory / target.bandwidth,
-        "cache": done.loads / (CACHED * target.bandwidth) / share,
+        "cache": (done.loads + done.wasted) / (CACHED * target.bandwidth) / share,
         "latency": waves * done.turns * LATENCY / config.stages,
     }
     bound = max(parts, key=lambda name: parts[name])
-    calls = 1 if stage.norm is None else 2
-    return Prediction(calls * LAUNCH + parts[bound], bound, held, shared, registers)
+    seconds = parts[bound] + (sum(parts.values()) - parts[bound]) * SEEN
+    return Prediction(done.launches * LAUNCH + seconds, bound, held, shared, registers)
+
+
+def _room(
+    stage: Stage, config: Config, size: int, target: GpuTarget, turns: int
+) -> tuple[int, int]:
+    """Bytes of shared memory and numbers in registers that a program takes, about."""
+    if stage.kind not in PRODUCTS or config.bm == 1:
+        return 0, config.bm * config.bn * (config.bk if stage.kind == "panel" else 1)
+    buffers = max(1, config.stages - target.early) if turns > 1 else 1
+    blocks, rank = config.groups, config.bn
+    sums = config.groups * config.bm * config.bn
+    if stage.inner:
+        mid = middle_of(stage)
+        blocks = 1 if stage.kind == "bottleneck" else mid.wide_blocks
+        rank = mid.wide_rank * config.groups
+        depth = mid.wide_rank * (mid.wide_blocks if stage.kind == "pair" else 1)
+        middle = config.groups * config.bm * depth
+        tile = config.groups * config.bn * max(depth, config.bm)
+        sums = max(blocks * config.bm * rank, sums + middle * size // 4)
+        if stage.kind == "coupled":  # their products with the diagonals
+            sums += blocks * config.bm * rank
+        second = int(1.25 * size * (middle + tile))
+    else:
+        second = 0
+    return max(buffers * blocks * (config.bm + rank) * config.bk * size, second), sums
 
 
 def ranked(

@@ -10,27 +10,52 @@ import torch
 
 from structc.codegen.triton import aot, load
 from structc.codegen.triton.aot import Job
-from structc.codegen.triton.config import Config, configs, default
-from structc.codegen.triton.emit import emit, kernels, widths
+from structc.codegen.triton.config import Config, configs
+from structc.codegen.triton.emit import emit, kernels, own_config, widths
+from structc.codegen.triton.plan import VARIANTS, plans
 from structc.codegen.triton.predict import predict
 from structc.codegen.triton.targets import TARGETS
-from structc.codegen.triton.tile import DTYPES, analyse, own_config
+from structc.codegen.triton.tile import DTYPES, analyse
 from structc.forms import Tile
 from structc.records import Refusal
 
-ROWS = 4096
-"""Of a call; what configs are chosen for."""
-PROGRAMS = {
-    "dense, bias, GELU, residual 4096": "block(1,4096,4096,1) bias(4096) act(gelu,4096) "
-    "add(4096,0)",
-    "low rank 512 of 4096": "block(1,512,4096,1) block(1,4096,512,1)",
-    "Monarch 32x32 rank 1, 4096": "block(32,32,128,1) permute(32,32) block(32,128,32,1)",
-    "factor with strides, layer norm 4096": "block(8,4,4,128) norm(4096,layer,1e-05)",
-    "block sparse 64x64, 1/8 of 4096": "sparse(4096,4096,64,64,512)",
-    "selection, RMS norm 4096": "select(4096,4096) norm(4096,rms,1e-06)",
-    "shuffle 4096": "permute(64,64)",
-}
-"""A program for each kind of kernel, at a size that people use."""
+
+@dataclass(frozen=True)
+class Case:
+    """A program at a size that people use.
+
+    Attributes:
+        name: for people.
+        program: as text.
+        rows: of a call; what configs are chosen for.
+        variant: of :data:`structc.codegen.triton.plan.VARIANTS`.
+    """
+
+    name: str
+    program: str
+    rows: int = 4096
+    variant: str = "stages"
+
+
+_MONARCH = "block(32,32,128,1) permute(32,32) block(32,128,32,1)"
+CASES = (
+    Case("dense, bias, GELU, residual 4096", "block(1,4096,4096,1) bias(4096) act(gelu,4096) "
+         "add(4096,0)"),
+    Case("dense 4096, one row", "block(1,4096,4096,1) bias(4096)", 1),
+    Case("dense 16384 to 256, 16 rows", "block(1,256,16384,1) bias(256)", 16),
+    Case("low rank 512 of 4096", "block(1,512,4096,1) block(1,4096,512,1)"),
+    Case("low rank 128 of 4096", "block(1,128,4096,1) block(1,4096,128,1)", variant="fused"),
+    Case("Monarch 32x32 rank 1, 4096", _MONARCH, variant="fused"),
+    Case("Monarch 32x32 rank 1, 4096", _MONARCH, variant="turned"),
+    Case("BLAST 16x16 rank 64, 4096", "block(16,64,256,1) block(1,16,16,64) block(16,256,64,1)",
+         variant="fused"),
+    Case("factor with strides, layer norm 4096", "block(8,4,4,128) norm(4096,layer,1e-05)"),
+    Case("block sparse 64x64, 1/8 of 4096", "sparse(4096,4096,64,64,512)"),
+    Case("selection, RMS norm 4096", "select(4096,4096) norm(4096,rms,1e-06)"),
+    Case("shuffle 4096", "permute(64,64)"),
+    Case("GELU 4096", "act(gelu,4096)"),
+)  # fmt: skip
+"""Programs for each kind of kernel."""
 BATCH = 32
 """Jobs that one child process compiles: progress is seen."""
 
@@ -58,37 +83,41 @@ class Entry:
 
 
 def entries(
-    case: str, form: Tile, dtype: torch.dtype, targets: Sequence[str], *, every: bool
+    case: Case, dtype: torch.dtype, targets: Sequence[str], *, every: bool
 ) -> list[Entry] | Refusal:
     """The kernels of a program for each target; with all their configs, or the default."""
-    program = analyse(form, dtype)
+    program = analyse(Tile.parse(case.program), dtype)
     if isinstance(program, Refusal):
         return program
-    path, found = str(load.write(emit(program))), []
-    for at, (stage, width) in enumerate(zip(program.stages, widths(program), strict=True)):
-        chosen = default(stage, ROWS)
-        for kernel in kernels(at, stage, width):
-            some = configs(stage, ROWS) if every else [chosen]
-            for config in dict.fromkeys(own_config(kernel, stage, c) for c in some):
-                first = config == own_config(kernel, stage, chosen)
-                kind = kernel.name.rpartition("_")[2]
-                for target in targets:
+    word, found = DTYPES[dtype], []
+    changed = VARIANTS[case.variant](program)
+    path = str(load.write(emit(changed)))
+    for name in targets:
+        target = TARGETS[name]
+        plan = next(p for p in plans(program, case.rows, word, target) if p.program == changed)
+        for at, stage in enumerate(changed.stages):
+            width, chosen = widths(changed)[at], plan.configs[at]
+            some = [chosen, *configs(stage, case.rows)] if every else [chosen]
+            for config in dict.fromkeys(some):
+                model = predict(stage, width, case.rows, config, word, target)
+                seconds = None if model is None else model.seconds
+                for kernel in kernels(at, stage, config):
+                    own = own_config(kernel, stage, config)
                     job = Job(
-                        path, kernel.name, kernel.arguments(DTYPES[dtype]), config.constexprs(),
-                        DTYPES[dtype], config.warps, config.stages, target,
+                        path, kernel.name, kernel.arguments(word), own.constexprs(kernel.sizes),
+                        word, own.warps, own.stages, name,
                     )  # fmt: skip
-                    model = None
-                    if kind != "norm":
-                        model = predict(stage, width, ROWS, config, job.dtype, TARGETS[target])
-                    seconds = None if model is None else model.seconds
-                    found.append(Entry(case, kind, config, first, job, seconds))
-    return found
+                    alone = seconds if kernel.kind not in ("norm", "join") else None
+                    made = Entry(case.name, kernel.kind, own, config == chosen, job, alone)
+                    found.append(made)
+    keys = [(e.job.function, e.config, e.job.target) for e in found]
+    return [e for at, e in enumerate(found) if keys[at] not in keys[:at]]
 
 
 def _programs(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Entry]:
     found: list[Entry] = []
-    for case, text in PROGRAMS.items():
-        some = entries(case, Tile.parse(text), dtype, targets, every=every)
+    for case in CASES:
+        some = entries(case, dtype, targets, every=every)
         assert not isinstance(some, Refusal), some
         found += some
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from structc import ops
 from structc.codegen.program import Program, Stage, full, product, stages_of
-from structc.codegen.triton.config import Config, default, power_above
-from structc.codegen.triton.emit import Kernel, emit, kernels, widths
+from structc.codegen.triton.config import Config
+from structc.codegen.triton.emit import emit, kernels, own_config
 from structc.codegen.triton.load import module_of
+from structc.codegen.triton.pieces import Kernel
+from structc.codegen.triton.plan import Plan
 from structc.forms import Tile
 from structc.records import Refusal
 
@@ -40,15 +42,23 @@ def analyse(form: Tile, dtype: torch.dtype) -> Program | Refusal:
     return program
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a call with its function and sizes."""
+
+    kernel: Kernel
+    function: Any
+    config: Config
+
+
 @dataclass(frozen=True, eq=False)
 class TritonTile:
     """``(x (rows, in_features), weights, others) -> (rows, out_features)``, contiguous rows."""
 
     form: Tile
-    program: Program
-    calls: tuple[tuple[tuple[Kernel, Any], ...], ...]
-    """For each stage its kernels with their functions."""
-    configs: Mapping[int, Config]
+    plan: Plan
+    launches: tuple[tuple[Launch, ...], ...]
+    """Of each stage."""
     dot: Any
 
     def __call__(
@@ -56,24 +66,29 @@ class TritonTile:
     ) -> Tensor:
         slots = {at: t.contiguous() for at, t in enumerate([x, *others])}
         rows, current = x.shape[0], slots[0]
-        for at, (stage, calls) in enumerate(zip(self.program.stages, self.calls, strict=True)):
+        for stage, launches in zip(self.plan.program.stages, self.launches, strict=True):
             current = slots[stage.reads] if stage.reads is not None else current
             out = current.new_empty(rows, stage.out)
-            config = self.configs.get(at) or default(stage, rows)
             tensors = {**_weights(stage, weights), "x": current, "y": out}
             for name, slot in (("mul", stage.mul), ("add", stage.add)):
                 if slot is not None:
                     tensors[name] = slots[slot]
-            for kernel, function in calls if rows else ():
-                own = own_config(kernel, stage, config)
-                given = [tensors[name] for name in kernel.pointers]
-                sizes = {**own.constexprs(), "DOT": self.dot}
-                grid = (kernel.grid(rows, own.bm, own.bn),)
-                function[grid](*given, rows, **sizes, num_warps=own.warps, num_stages=own.stages)
+            for launch in launches if rows else ():
+                self._run(launch, tensors, rows)
             current = out
             if stage.keeps is not None:
                 slots[stage.keeps] = current
         return current
+
+    def _run(self, launch: Launch, tensors: dict[str, Tensor], rows: int) -> None:
+        kernel, own = launch.kernel, launch.config
+        if kernel.shares:
+            out = tensors["y"]
+            tensors["part"] = out.new_empty(own.split, *out.shape, dtype=torch.float32)
+        given = [tensors[name] for name in kernel.pointers]
+        sizes = {**own.constexprs(kernel.sizes), "DOT": self.dot}
+        grid = (kernel.grid(rows, own),)
+        launch.function[grid](*given, rows, **sizes, num_warps=own.warps, num_stages=own.stages)
 
 
 def dot_dtype(dtype: torch.dtype) -> Any:
@@ -87,51 +102,40 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     return {torch.float32: tl.float32, torch.float16: tl.float16}.get(dtype, tl.bfloat16)
 
 
-def make(
-    form: Tile,
-    dtype: torch.dtype,
-    configs: Mapping[int, Config] | None = None,
-    *,
-    tf32: bool = False,
-) -> TritonTile | Refusal:
-    """The kernels of a program; nothing is compiled before the first call.
+def make(form: Tile, dtype: torch.dtype, plan: Plan, *, tf32: bool = False) -> TritonTile | Refusal:
+    """The kernels of a plan; nothing is compiled before the first call.
 
     Args:
         form: the program.
         dtype: of inputs, factors and outputs; sums are float32.
-        configs: of its stages, by their number; what is left out is the default.
+        plan: of :func:`structc.codegen.triton.plan.plans` for the stages of :func:`analyse`.
         tf32: whether float32 products may round their factors to 10 bits.
     """
-    program = analyse(form, dtype)
-    if isinstance(program, Refusal):
-        return program
-    module = module_of(emit(program, tf32=tf32))
+    module = module_of(emit(plan.program, tf32=tf32))
     if isinstance(module, Refusal):
         return module
-    calls = tuple(
-        tuple((kernel, getattr(module, kernel.name)) for kernel in kernels(at, stage, width))
-        for at, (stage, width) in enumerate(zip(program.stages, widths(program), strict=True))
+    launches = tuple(
+        tuple(
+            Launch(kernel, getattr(module, kernel.name), own_config(kernel, stage, config))
+            for kernel in kernels(at, stage, config)
+        )
+        for at, (stage, config) in enumerate(zip(plan.program.stages, plan.configs, strict=True))
     )
-    return TritonTile(form, program, calls, dict(configs or {}), dot_dtype(dtype))
-
-
-def own_config(kernel: Kernel, stage: Stage, config: Config) -> Config:
-    """A normalisation takes a row at a time, whatever the product before takes."""
-    if not kernel.name.endswith("norm"):
-        return config
-    return Config(1, power_above(stage.out), 1, config.warps, 1)
+    return TritonTile(form, plan, launches, dot_dtype(dtype))
 
 
 def _weights(stage: Stage, weights: Sequence[Tensor]) -> dict[str, Tensor]:
     """The tensors of a stage by the names of its pointers."""
     own = [weights[i] for i in stage.weights]
     found: dict[str, Tensor] = {}
-    if stage.kind in ("panel", "strided"):
-        found["w"] = ops.derived(own, f"triton{stage.parts}", lambda w: _factor(stage, w))
-    elif stage.kind == "sparse":
+    for at, inner in enumerate(stage.inner):
+        found[f"w{at}"] = _factors(inner, weights)
+    if stage.kind == "sparse":
         found |= dict(zip(("w", "first", "place"), (t.contiguous() for t in own), strict=True))
     elif stage.kind == "listed":
         found["place"] = own[0].contiguous()
+    elif own:
+        found["w"] = _factors(stage, weights)
     if stage.bias is not None:
         found["bias"] = weights[stage.bias].contiguous()
     if stage.norm is not None:
@@ -139,6 +143,12 @@ def _weights(stage: Stage, weights: Sequence[Tensor]) -> dict[str, Tensor]:
         names = ("gain", "shift")[: norm.weights]
         found |= {n: weights[at + i].contiguous() for i, n in enumerate(names)}
     return found
+
+
+def _factors(stage: Stage, weights: Sequence[Tensor]) -> Tensor:
+    """(a, b, c, d) in memory: one factor, or several that were merged."""
+    own = [weights[i] for i in stage.weights]
+    return ops.derived(own, f"triton{stage.parts}", lambda w: _factor(stage, w))
 
 
 def _factor(stage: Stage, weights: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
     import torch
 
     from structc.codegen.triton import load
-    from structc.codegen.triton.table import ROWS, table
+    from structc.codegen.triton.table import table
     from structc.codegen.triton.targets import TARGETS
     from structc.codegen.triton.tile import DTYPES
 
@@ -38,7 +38,7 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
         )  # fmt: skip
     text = ".".join(map(str, version))
     head = f"Triton {text}, compiled ahead of time: resources of a program. Nothing is timed;\n"
-    head += f"model us: what a cost model predicts for {ROWS} rows."
+    head += "model us: what a cost model predicts, for 4096 rows where the case names no others."
     return Answer(rows, "\n".join([head, "", *_lines(rows)]))
 
 

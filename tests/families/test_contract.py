@@ -787,7 +787,9 @@ def test_null_is_what_noise_gives(family, n, m) -> None:
 def test_triton_kernels(family) -> None:
     """Each form runs on kernels for GPUs, here under Triton's interpreter, or says why not."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from structc.codegen.triton.tile import make
+    from structc.codegen.triton.plan import plans
+    from structc.codegen.triton.targets import target_of
+    from structc.codegen.triton.tile import analyse, make
 
     n, m = home(family)
     for hyper in hypers(family, n, m):
@@ -795,15 +797,18 @@ def test_triton_kernels(family) -> None:
         form = module.form("relu")
         if isinstance(form, PackedDense):
             form = Tile.parse(f"block(1,{m},{n},1) bias({m}) act(relu,{m})")
-        kernel = make(form, torch.float32)
-        if isinstance(kernel, Refusal):
-            assert kernel.code == "SPECTRAL" and kernel.reason
+        program = analyse(form, torch.float32)
+        if isinstance(program, Refusal):
+            assert program.code == "SPECTRAL" and program.reason
             assert any(isinstance(s, SPECTRAL) for s in form.steps)
             continue
         x = torch.randn(7, n)
-        got = kernel(x, [*(f.detach() for f in module.factors()), module.bias.detach()])
         want = x.double() @ module.to_dense().detach().double().T + module.bias.detach().double()
-        assert relative_error(got, want.relu()) <= 1e-5, str(form)
+        for plan in plans(program, 7, "fp32", target_of("cuda:90")):
+            kernel = make(form, torch.float32, plan)
+            assert not isinstance(kernel, Refusal), kernel
+            got = kernel(x, [*(f.detach() for f in module.factors()), module.bias.detach()])
+            assert relative_error(got, want.relu()) <= 1e-5, (str(form), str(plan))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)

@@ -10,11 +10,12 @@ import torch
 
 from structc.codegen.triton import aot, load
 from structc.codegen.triton.aot import Job
-from structc.codegen.triton.table import entries, table
+from structc.codegen.triton.config import PRODUCTS
+from structc.codegen.triton.emit import WAYS
+from structc.codegen.triton.table import Case, entries, table
 from structc.codegen.triton.targets import TARGETS, target_of
 from structc.codegen.triton.tile import DTYPES
 from structc.errors import ConfigError
-from structc.forms import Tile
 from structc.records import Refusal
 
 
@@ -27,15 +28,15 @@ def defaults() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_defaults(target: str) -> None:
     mine = [row for row in defaults() if row["target"] == target]
-    assert {row["kernel"] for row in mine} == {
-        "panel", "strided", "sparse", "listed", "shuffle", "norm",
-    }  # fmt: skip
+    every = {name for ways in WAYS.values() for name in ways} | {"norm"}
+    assert {row["kernel"] for row in mine} == every
     limits = target_of(target)
     for row in mine:
         assert row["status"] == "ok" and row["default"], row
         assert row["spilled_bytes"] == 0 and row["shared_bytes"] <= limits.shared, row
         assert 0 < row["registers"] <= limits.registers, row
-        assert bool(row["matrix_instructions"]) == (row["kernel"] in ("panel", "sparse")), row
+        product = row["kernel"] in (*PRODUCTS, "split")
+        assert bool(row["matrix_instructions"]) == product, row
         assert row["wide_loads"] or row["kernel"] == "shuffle", row
 
 
@@ -52,8 +53,8 @@ def test_every_config(dtype: torch.dtype) -> None:
 
 
 def test_what_does_not_compile_says_why() -> None:
-    form = Tile.parse("block(1,64,64,1)")
-    found = entries("one", form, torch.bfloat16, ["cuda:90"], every=False)
+    case = Case("one", "block(1,64,64,1)")
+    found = entries(case, torch.bfloat16, ["cuda:90"], every=False)
     assert not isinstance(found, Refusal)
     job = found[0].job
     odd = Job(**{**vars(job), "sizes": {**job.sizes, "BM": 24}})  # no power of two

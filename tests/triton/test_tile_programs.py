@@ -10,10 +10,12 @@ from torch import Tensor
 
 from structc import reference
 from structc.codegen.cpu.samples import sample
-from structc.codegen.program import stages_of
+from structc.codegen.program import Program, stages_of
 from structc.codegen.triton import tile
-from structc.codegen.triton.config import Config, configs, default
-from structc.codegen.triton.emit import emit
+from structc.codegen.triton.config import PRODUCTS, configs
+from structc.codegen.triton.emit import WAYS, emit
+from structc.codegen.triton.plan import VARIANTS, Plan, plans
+from structc.codegen.triton.targets import target_of
 from structc.forms import Convolve, Tile
 from structc.numerics import relative_error
 from structc.records import Refusal
@@ -21,8 +23,13 @@ from structc.records import Refusal
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 PROGRAMS = {
     "dense": "block(1,33,70,1) bias(33) act(gelu,33)",
-    "low rank": "block(1,12,70,1) block(1,33,12,1) bias(33)",
+    "low rank": "block(1,18,70,1) block(1,33,18,1) bias(33)",
     "monarch": "block(4,12,10,1) permute(4,12) block(12,5,4,1)",
+    "monarch of rank 3": "block(5,21,7,1) permute(5,21) block(7,6,15,1) bias(42) act(gelu,42)",
+    "monarch of pairs": "permute(3,10) block(3,4,10,1) permute(3,4) block(2,9,6,1) add(18,1) "
+    "mul(18,2)",
+    "low rank, by blocks": "block(3,18,7,1) block(3,21,18,1) bias(63)",
+    "blast": "block(3,18,7,1) block(1,4,3,18) block(4,6,18,1) bias(24) act(relu,24)",
     "block of one": "block(5,1,3,1) block(1,7,5,1)",
     "butterfly": "block(32,2,2,1) block(16,2,2,2) block(8,2,2,4) block(4,2,2,8) block(2,2,2,16)",
     "strided": "block(2,3,5,7)",
@@ -45,17 +52,25 @@ def wide(tensors: list[Tensor]) -> list[Tensor]:
     return [t.double() if t.is_floating_point() else t for t in tensors]
 
 
-def check(
-    form: Tile, dtype: torch.dtype, rows: int, configs: dict[int, Config] | None = None
-) -> None:
+def program_of(text: str, dtype: torch.dtype = torch.float32) -> Program:
+    program = stages_of(Tile.parse(text), dtype, folds=True)
+    assert not isinstance(program, Refusal)
+    return program
+
+
+def check(text: str, dtype: torch.dtype, rows: int, some: list[Plan] | None = None) -> None:
+    """Every variant of a program, or the plans given."""
+    form = Tile.parse(text)
     (x, *others), weights = sample(form, rows=rows, dtype=dtype)
-    kernel = tile.make(form, dtype, configs)
-    assert not isinstance(kernel, Refusal), kernel
-    got = kernel(x, weights, others)
     want = reference.tile_reference(x.double(), wide(weights), str(form), wide(others))
-    assert got.dtype == dtype and got.shape == want.shape
-    if rows:
-        assert relative_error(got, want) <= TOLERANCE[dtype]
+    tried = some or plans(program_of(text, dtype), rows, tile.DTYPES[dtype], target_of("cuda:90"))
+    for plan in tried:
+        kernel = tile.make(form, dtype, plan)
+        assert not isinstance(kernel, Refusal), kernel
+        got = kernel(x, weights, others)
+        assert got.dtype == dtype and got.shape == want.shape
+        if rows:
+            assert relative_error(got, want) <= TOLERANCE[dtype], plan
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +89,7 @@ def nothing_is_left_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_step(name: str, dtype: torch.dtype) -> None:
     for rows in (0, 1, 37):
-        check(Tile.parse(PROGRAMS[name]), dtype, rows)
+        check(PROGRAMS[name], dtype, rows)
 
 
 @settings(max_examples=25, deadline=None)
@@ -86,30 +101,86 @@ def test_random_factors(a: int, b: int, c: int, d: int, rows: int, shuffled: boo
     text = f"block({a},{b},{c},{d})"
     if shuffled:
         text = f"permute({c},{a * d}) {text}"
-    check(Tile.parse(text), torch.float32, rows)
+    check(text, torch.float32, rows)
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "strided"])
-def test_every_config(name: str) -> None:
-    form = Tile.parse(PROGRAMS[name])
-    program = stages_of(form, torch.float32, folds=True)
-    assert not isinstance(program, Refusal)
-    every = list(configs(program.stages[0], 40))
-    assert len(set(every)) == len(every) > 1
-    for config in every:
-        check(form, torch.float32, 40, {0: config})
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 20),
+    st.integers(1, 18),
+)  # fmt: skip
+def test_random_pairs(i: int, rank: int, c: int, groups: int, d: int, rows: int) -> None:
+    check(
+        f"block({i},{groups * rank},{c},1) permute({i},{groups * rank}) "
+        f"block({groups},{d},{i * rank},1)",
+        torch.float32,
+        rows,
+    )
 
 
-def test_the_default_is_no_larger_than_the_rows() -> None:
-    program = stages_of(Tile.parse("block(1,4096,4096,1)"), torch.float32, folds=True)
-    assert not isinstance(program, Refusal)
-    assert [default(program.stages[0], rows).bm for rows in (1, 16, 40, 4096)] == [16, 16, 32, 128]
+CUT = {
+    "panel": "block(1,33,270,1) bias(33)",
+    "sparse": PROGRAMS["sparse"],
+    "strided": PROGRAMS["strided"],
+    "turned": PROGRAMS["monarch of rank 3"],
+    "pair": PROGRAMS["monarch of rank 3"],
+    "bottleneck": PROGRAMS["low rank, by blocks"],
+    "coupled": PROGRAMS["blast"],
+    "listed": PROGRAMS["select"],
+    "shuffle": PROGRAMS["shuffle"],
+    "move": "act(relu,21)",
+}
+"""For each kind of stage a program."""
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_every_config(kind: str) -> None:
+    text, rows, tried = CUT[kind], (3, 40), 0
+    for variant, changed in VARIANTS.items():
+        program = changed(program_of(text))
+        at = next((i for i, s in enumerate(program.stages) if s.kind == kind), None)
+        if at is None:
+            continue
+        for many in rows:
+            base = plans(program_of(text), many, "fp32", target_of("cuda:90"))
+            (known,) = {p.configs for p in base if p.program == program}
+            every = configs(program.stages[at], many)
+            assert len(set(every)) == len(every)
+            some = [(*known[:at], c, *known[at + 1 :]) for c in every]
+            check(text, torch.float32, many, [Plan(variant, program, c, 0.0) for c in some])
+            tried += len(every)
+        break
+    assert tried >= 2
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_there_are_eight_configs_of_each_kind(kind: str) -> None:
+    big = {
+        "panel": "block(1,4096,4096,1)", "sparse": "sparse(4096,4096,64,64,512)",
+        "strided": "block(8,4,4,512)", "turned": "block(64,64,64,1) permute(64,64) "
+        "block(64,64,64,1)", "bottleneck": "block(1,512,4096,1) block(1,4096,512,1)",
+        "coupled": "block(16,64,256,1) block(1,16,16,64) block(16,256,64,1)",
+        "listed": "select(4096,4096)", "shuffle": "permute(64,64)", "move": "act(relu,4096)",
+    }  # fmt: skip
+    big["pair"] = big["turned"]
+    made = [changed(program_of(big[kind])) for changed in VARIANTS.values()]
+    stage = next(s for p in made for s in p.stages if s.kind == kind)
+    assert len(configs(stage, 4096)) >= 8 and (kind in PRODUCTS or len(configs(stage, 1)) >= 1)
+
+
+def test_few_rows_take_their_own_ways() -> None:
+    program, h100 = program_of("block(1,4096,4096,1)"), target_of("cuda:90")
+    one, few, many = (plans(program, n, "fp32", h100)[0].configs[0] for n in (1, 16, 4096))
+    assert one.bm == 1 and few.bm == 16 and many.bm == 128 and many.split == 1
+    narrow = program_of("block(1,64,16384,1)")
+    assert plans(narrow, 16, "fp32", h100)[0].configs[0].split > 1
 
 
 def test_inputs_that_are_not_contiguous() -> None:
     form = Tile.parse(PROGRAMS["low rank"])
     (x,), weights = sample(form, rows=20, dtype=torch.float32)
-    kernel = tile.make(form, torch.float32)
+    (plan, *_) = plans(program_of(PROGRAMS["low rank"]), 20, "fp32", target_of("cuda:90"))
+    kernel = tile.make(form, torch.float32, plan)
     assert not isinstance(kernel, Refusal)
     spread = [torch.stack([w, w], -1)[..., 0] for w in weights]
     assert not any(w.is_contiguous() for w in spread)
@@ -128,12 +199,16 @@ def test_inputs_that_are_not_contiguous() -> None:
     ],
 )
 def test_what_has_no_kernel(text: str, dtype: torch.dtype, code: str) -> None:
-    refusal = tile.make(Tile.parse(text), dtype)
+    refusal = tile.analyse(Tile.parse(text), dtype)
     assert isinstance(refusal, Refusal) and refusal.code == code and refusal.reason
 
 
-@pytest.mark.parametrize("name", ["monarch", "feed forward", "sparse", "gated"])
-def test_golden_sources(name: str, golden) -> None:  # type: ignore[no-untyped-def]
-    program = stages_of(Tile.parse(PROGRAMS[name]), torch.float32, folds=True)
-    assert not isinstance(program, Refusal)
-    golden(f"triton/{name.replace(' ', '-')}.txt", emit(program))
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("monarch", v) for v in VARIANTS]
+    + [("feed forward", "stages"), ("sparse", "stages"), ("gated", "stages")]
+    + [("low rank", "fused"), ("blast", "fused")],
+)
+def test_golden_sources(name: str, variant: str, golden) -> None:  # type: ignore[no-untyped-def]
+    program = VARIANTS[variant](program_of(PROGRAMS[name]))
+    golden(f"triton/{name.replace(' ', '-')}-{variant}.txt", emit(program))
