@@ -16,6 +16,7 @@ compiled models also go through ``torch.compile``, AOTInductor and training.
 from __future__ import annotations
 
 import functools
+import importlib
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -41,7 +42,12 @@ _LIB.define(
 Backward = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, list[Tensor]] | None]
 """``(x, weights, gradient of the output)``, rows flat, to gradients of x and of the weights."""
 
+BACKENDS = {"cuda": "structc.codegen.triton.serve"}
+"""For each kind of device that finds kernels at the first call the module whose ``kernel_of(key)``
+gives them; on others they are attached beforehand."""
+
 _KERNELS: dict[Hashable, tuple[tuple[int, str, Kernel], ...]] = {}
+_SEARCHED: set[Hashable] = set()
 _BACKWARDS: dict[Hashable, Backward] = {}
 _calls = 0
 
@@ -86,6 +92,7 @@ def attached() -> dict[Hashable, list[tuple[int, str]]]:
 def detach_all() -> None:
     """Empty the table and forget packed weights; references run from here on."""
     _KERNELS.clear()
+    _SEARCHED.clear()
     _BACKWARDS.clear()
     _derived.clear()
 
@@ -103,13 +110,25 @@ def call_count() -> int:
 
 def kernel_for(key: Hashable, rows: int) -> Kernel | None:
     """The kernel attached for this many rows: the nearest bucket from above, else the largest."""
-    entries = _KERNELS.get(key)
+    entries = _KERNELS.get(key) or _searched(key)
     if not entries:
         return None
     for max_rows, _, kernel in entries:
         if rows <= max_rows:
             return kernel
     return entries[-1][2]
+
+
+def _searched(key: Any) -> tuple[tuple[int, str, Kernel], ...]:
+    """What the backend of a key's device finds, asked once."""
+    name = BACKENDS.get(key[1])
+    if name is None or key in _SEARCHED:
+        return ()
+    _SEARCHED.add(key)
+    found = importlib.import_module(name).kernel_of(key)
+    if found is not None:
+        attach(key, 1, name.rpartition(".")[0].rpartition(".")[2], found)
+    return _KERNELS.get(key, ())
 
 
 # ---------------------------------------------------------------------------- packed weights
@@ -136,7 +155,7 @@ def derived(weights: Sequence[Tensor], tag: str, make: Callable[[Sequence[Tensor
     found = entry[1].get(tag)
     same = found is not None and found[0] == stamps[1:]
     if not same or any(r() is not w for r, w in zip(found[2], weights[1:], strict=True)):
-        with torch.no_grad(), _own_dtype():  # it stays, autocast does not
+        with torch.no_grad(), _own_dtype(weights[0]):  # it stays, autocast does not
             made = make([w.detach() for w in weights])
         held = [w.detach() for w in weights]  # or another storage could come to lie at its address
         found = (stamps[1:], made, [weakref.ref(w) for w in weights[1:]], held)
@@ -211,8 +230,8 @@ def watched(tensors: Sequence[Tensor]) -> bool:
 
 
 def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> list[Tensor]:
-    if torch.is_autocast_enabled("cpu"):
-        with _own_dtype():
+    if torch.is_autocast_enabled(_kind(inputs[0])):
+        with _own_dtype(inputs[0]):
             return _tile(inputs, weights, program)
     count_call()
     x = inputs[0]
@@ -238,9 +257,14 @@ def _tile(inputs: Sequence[Tensor], weights: Sequence[Tensor], program: str) -> 
     return [y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])]
 
 
-def _own_dtype() -> Any:
+def _own_dtype(x: Tensor) -> Any:
     """An operator's dtype is its input's, whether or not a kernel is there: autocast is off."""
-    return torch.autocast("cpu", enabled=False)
+    return torch.autocast(_kind(x), enabled=False)
+
+
+def _kind(x: Tensor) -> str:
+    """The devices that autocast is asked about; others have none of their own."""
+    return "cuda" if x.is_cuda else "cpu"
 
 
 def _backend(x: Tensor) -> str:
@@ -256,8 +280,8 @@ def _flat(x: Tensor, rows: int) -> Tensor:
 def _dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "", transposed: bool = False
 ) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        with _own_dtype():
+    if torch.is_autocast_enabled(_kind(x)):
+        with _own_dtype(x):
             return _dense(x, weight, bias, act, transposed)
     count_call()
     n, m = weight.shape if transposed else weight.shape[::-1]
@@ -363,7 +387,7 @@ def _tile_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
             return [found[0].view_as(x)], found[1], None
     leaves = _leaves(ctx.saved_tensors)
     (x, *others), weights = leaves[: ctx.streams], leaves[ctx.streams :]
-    with torch.enable_grad(), _own_dtype():
+    with torch.enable_grad(), _own_dtype(x):
         y = tile_reference(x, weights, ctx.program, others)
     able = [t for t in leaves if t.requires_grad]
     given = iter(torch.autograd.grad(y, able, grads[0], allow_unused=True))
@@ -379,7 +403,7 @@ def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     leaves = _leaves(ctx.saved_tensors)
     x, weight, *bias = leaves
-    with torch.enable_grad(), _own_dtype():
+    with torch.enable_grad(), _own_dtype(x):
         y = dense_reference(x, weight, bias[0] if bias else None, ctx.act, ctx.transposed)
     gx, gw, *gb = torch.autograd.grad(y, leaves, grad)
     return gx, gw, (gb[0] if gb else None), None, None

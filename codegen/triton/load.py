@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -57,6 +59,13 @@ def module_at(path: Path) -> ModuleType:
             del sys.modules[path.stem]
             raise
     return sys.modules[path.stem]
+
+
+@functools.cache
+def warn_untested() -> None:
+    """Say once that nobody tested this version of Triton; nothing otherwise."""
+    if told := untested():
+        warnings.warn(told, stacklevel=2)
 
 
 def untested() -> str:

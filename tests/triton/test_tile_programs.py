@@ -189,6 +189,19 @@ def test_inputs_that_are_not_contiguous() -> None:
     )
 
 
+def test_offsets_above_two_to_the_31() -> None:
+    n, rows = (1 << 30) + 7, 3  # the last row starts behind 2^31 elements
+    x = torch.empty(rows, n, dtype=torch.float16)  # pages that nobody touches cost nothing
+    at = torch.tensor([n - 1, 0, 5])
+    for row in range(rows):
+        x[row, at] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16) * (row + 1)
+    text = f"select(3,{n})"
+    (plan, *_) = plans(program_of(text, torch.float16), rows, "fp16", target_of("cuda:90"))
+    kernel = tile.make(Tile.parse(text), torch.float16, plan)
+    assert not isinstance(kernel, Refusal)
+    assert torch.equal(kernel(x, [at]), x[:, at])
+
+
 @pytest.mark.parametrize(
     ("text", "dtype", "code"),
     [
