@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from structc import attention, families, metrics
     from structc.budget import Budget
     from structc.built import build
+    from structc.bundle import use_bundle
     from structc.compiled import CompiledModel
     from structc.pipeline import compile, compile_, inspect, reset
     from structc.recognition import Recognition, recognize
@@ -58,6 +59,7 @@ _LAZY = {
     "load": "structc.reload",
     "recognize": "structc.recognition",
     "reset": "structc.pipeline",
+    "use_bundle": "structc.bundle",
 }
 _MODULES = ("attention", "families", "metrics")
 
@@ -92,6 +94,7 @@ __all__ = [
     "metrics",
     "recognize",
     "reset",
+    "use_bundle",
 ]
 
 logging.getLogger("structc").addHandler(logging.NullHandler())

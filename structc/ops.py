@@ -119,6 +119,13 @@ def kernel_for(key: Hashable, rows: int) -> Kernel | None:
     return entries[-1][2]
 
 
+def search_again() -> None:
+    """Ask backends anew for what they found, or did not find, at first calls."""
+    for key in _SEARCHED:
+        _KERNELS.pop(key, None)
+    _SEARCHED.clear()
+
+
 def _searched(key: Any) -> tuple[tuple[int, str, Kernel], ...]:
     """What the backend of a key's device finds, asked once."""
     name = BACKENDS.get(key[1])

@@ -13,16 +13,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from structc.codegen.triton.load import module_at
+import torch
+
+from structc.codegen.triton.load import FUSED, module_at
 from structc.codegen.triton.targets import TARGETS, GpuTarget
 
-FUSED = {"enable_fp_fusion": True}
-"""Said outright: Triton's default changes with its version."""
-_DOT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_TORCH = {
+    "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
+    "i8": "int8", "u8": "uint8", "i1": "bool",
+}  # fmt: skip
+_SCALARS = {"i32": 999_983, "i64": 4_294_967_311, "fp32": 0.3}
+"""Numbers that a call may pass: none that code would be made for, such as multiples of 16."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,11 @@ class Compiled:
 
     Attributes:
         shared_bytes: of shared memory.
-        registers, spilled_bytes: of a thread.
+        registers, spilled_bytes: of a thread; 0 where a cache holds no assembly to read.
         matrix_instructions: that multiply matrices.
         wide_loads: of 8 bytes and more a thread.
         status: ``"ok"``, or why it did not compile.
+        cached: whether Triton's cache had it.
     """
 
     shared_bytes: int = 0
@@ -67,11 +73,21 @@ class Compiled:
     matrix_instructions: int = 0
     wide_loads: int = 0
     status: str = "ok"
+    cached: bool = False
 
 
-def compiled(jobs: Sequence[Job], *, timeout: float = 600.0) -> list[Compiled]:
-    """Compile jobs in a child process; a job that fails says why."""
+def compiled(
+    jobs: Sequence[Job], *, cache: Path | None = None, timeout: float = 600.0
+) -> list[Compiled]:
+    """Compile jobs in a child process; a job that fails says why.
+
+    Args:
+        jobs: what to compile.
+        cache: folder of Triton's cache; its own without.
+        timeout: seconds for all of them.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    env |= {} if cache is None else {"TRITON_CACHE_DIR": str(cache)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     child = subprocess.run(
         [sys.executable, "-m", "structc.codegen.triton.aot"],
@@ -106,28 +122,53 @@ def _run(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             yield asdict(Compiled(status=short))
 
 
+class _Driver:
+    """What a jitted function asks of a driver, for a GPU that is not here.
+
+    It compiles on the way that a call on that GPU takes, so what it leaves in Triton's cache is
+    found there.
+    """
+
+    def __init__(self, target: GpuTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp)
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 def _compile(job: Job) -> Compiled:
     import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.jit import MockTensor
 
+    target, hits = TARGETS[job.target], []
+    triton.runtime.driver.set_active(_Driver(target))
+    triton.knobs.compilation.listener = lambda **more: hits.append(more["cache_hit"])
     function = getattr(module_at(Path(job.path)), job.function)
-    target = TARGETS[job.target]
-    signature = {**job.arguments, **dict.fromkeys((*job.sizes, "DOT"), "constexpr")}
-    values = {**job.sizes, "DOT": getattr(tl, _DOT[job.dtype])}
-    kinds = enumerate(job.arguments.values())
-    aligned: dict[Any, Any] = {(at,): [["tt.divisibility", 16]] for at, k in kinds if k[0] == "*"}
-    made = triton.compile(
-        ASTSource(function, signature, values, aligned),
-        target=GPUTarget(target.backend, target.arch, target.warp),
-        options={"num_warps": job.warps, "num_stages": job.stages, **FUSED},
+    given = [
+        MockTensor(getattr(torch, _TORCH[kind[1:]])) if kind[0] == "*" else _SCALARS[kind]
+        for kind in job.arguments.values()
+    ]
+    sizes = {**job.sizes, "DOT": getattr(tl, _TORCH[job.dtype])}
+    made = function.warmup(
+        *given, grid=(1,), **sizes, num_warps=job.warps, num_stages=job.stages, **FUSED
     )
-    return _measured(made, target)
+    return replace(_measured(made, target), cached=all(hits))
 
 
 def _measured(made: Any, target: GpuTarget) -> Compiled:
-    text = made.asm["ptx"] if target.backend == "cuda" else made.asm["amdgcn"]
+    kind = "ptx" if target.backend == "cuda" else "amdgcn"
+    if kind not in made.asm:  # found in a cache that a bundle filled: the binary alone
+        return Compiled(shared_bytes=made.metadata.shared)
+    text = made.asm[kind]
     registers, spilled = (_ptxas if target.backend == "cuda" else _amd)(text, target)
     wide = r"ld\.global\S*\.v[24]|cp\.async" if target.backend == "cuda" else r"_load_dwordx[24]"
     return Compiled(

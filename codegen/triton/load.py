@@ -14,6 +14,8 @@ from structc import settings
 from structc.files import write_atomic
 from structc.records import Refusal
 
+FUSED = {"enable_fp_fusion": True}
+"""Option of every kernel, said outright: Triton's default changes with its version."""
 TESTED = ((3, 9), (3, 9))
 """The oldest and the newest version of Triton that the tests have seen."""
 

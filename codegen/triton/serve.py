@@ -15,8 +15,9 @@ from torch import Tensor
 
 from structc import ops
 from structc.codegen.program import Program
-from structc.codegen.triton import load
+from structc.codegen.triton import load, timing
 from structc.codegen.triton.attempt import Attempts
+from structc.codegen.triton.calls import dense_program
 from structc.codegen.triton.config import power_above
 from structc.codegen.triton.device import running
 from structc.codegen.triton.plan import Plan, plans
@@ -48,7 +49,7 @@ class Served:
     program: Program
     dtype: torch.dtype
     target: GpuTarget
-    tuned: Mapping[int, Sequence[Plan]] = field(default_factory=dict)
+    tuned: Mapping[int, Tuned] = field(default_factory=dict)
     found: dict[int, Attempts[TritonTile]] = field(default_factory=dict)
 
     def __call__(
@@ -59,6 +60,12 @@ class Served:
             raise RuntimeError(f"structc::tile: x is on {x.device}, others on {elsewhere}")
         attempts = self.attempts(x.shape[0])
         with torch.cuda.device_of(x):  # Triton launches on the current one
+            tuned = self.tuned.get(bucket_of(x.shape[0]))
+            if tuned is not None and tuned.open:
+                tuned.open = False
+                first = attempts.ways[: len(tuned.plans)]
+                order = timing.ordered(first, lambda kernel: kernel(x, weights, others))
+                attempts.ways[: len(first)] = order
             y = attempts.run(lambda kernel: kernel(x, weights, others))
         if y is None:
             return tile_reference(x, weights, str(self.form), others).contiguous()
@@ -66,7 +73,7 @@ class Served:
 
     def attempts(self, rows: int) -> Attempts[TritonTile]:
         """The kernels for so many rows, the best first."""
-        bucket = min(LARGEST, power_above(rows))
+        bucket = bucket_of(rows)
         if bucket not in self.found:
             ways = [make(self.form, self.dtype, plan) for plan in self.plans(bucket)]
             able = [way for way in ways if not isinstance(way, Refusal)]
@@ -76,8 +83,34 @@ class Served:
     def plans(self, bucket: int) -> Sequence[Plan]:
         """Ways to run so many rows, the best first: tuned ones, or as predicted."""
         ranked = plans(self.program, bucket, DTYPES[self.dtype], self.target, many=MANY)
-        own = list(self.tuned.get(bucket, ()))
-        return own + [plan for plan in ranked if str(plan) not in map(str, own)]
+        own = self.tuned[bucket].plans if bucket in self.tuned else ()
+        return [*own, *(plan for plan in ranked if str(plan) not in map(str, own))]
+
+
+@dataclass
+class Tuned:
+    """Plans that a bundle brought.
+
+    Attributes:
+        plans: the best first.
+        open: whether the first call times them, on its own inputs, and puts them in order.
+    """
+
+    plans: tuple[Plan, ...]
+    open: bool = False
+
+
+TUNED: dict[tuple[str, torch.dtype], dict[int, Tuned]] = {}
+"""By program and dtype, then by rows."""
+
+
+def bucket_of(rows: int) -> int:
+    """The number of rows whose plan serves a call.
+
+    >>> bucket_of(100), bucket_of(1 << 20)
+    (128, 65536)
+    """
+    return min(LARGEST, power_above(rows))
 
 
 def serve(form: Tile, dtype: torch.dtype) -> Served | Refusal:
@@ -95,7 +128,7 @@ def serve(form: Tile, dtype: torch.dtype) -> Served | Refusal:
     if isinstance(program, Refusal):
         return program
     load.warn_untested()
-    return Served(form, program, dtype, target)
+    return Served(form, program, dtype, target, TUNED.get((str(form), dtype), {}))
 
 
 def kernel_of(key: Hashable) -> ops.Kernel | None:
@@ -119,10 +152,7 @@ def _dense_kernel(
     """With an activation, which a vendor's product leaves to a pass of its own; else None."""
     if not act:
         return None
-    made = [
-        _tile_kernel(f"block(1,{m},{n},1) {bias}act({act},{m})", dtype)
-        for bias in ("", f"bias({m}) ")
-    ]
+    made = [_tile_kernel(dense_program(n, m, act, bias), dtype) for bias in (False, True)]
     if made[0] is None or made[1] is None:
         return None
     bare, biased = made[0], made[1]

@@ -13,7 +13,7 @@ from structc import ops
 from structc.codegen.program import Program, Stage, full, product, stages_of
 from structc.codegen.triton.config import Config
 from structc.codegen.triton.emit import emit, kernels, own_config
-from structc.codegen.triton.load import module_of
+from structc.codegen.triton.load import FUSED, module_of
 from structc.codegen.triton.pieces import Kernel
 from structc.codegen.triton.plan import Plan
 from structc.forms import Tile
@@ -87,8 +87,8 @@ class TritonTile:
             tensors["part"] = out.new_empty(own.split, *out.shape, dtype=torch.float32)
         given = [tensors[name] for name in kernel.pointers]
         sizes = {**own.constexprs(kernel.sizes), "DOT": self.dot}
-        grid = (kernel.grid(rows, own),)
-        launch.function[grid](*given, rows, **sizes, num_warps=own.warps, num_stages=own.stages)
+        grid, warps, stages = (kernel.grid(rows, own),), own.warps, own.stages
+        launch.function[grid](*given, rows, **sizes, num_warps=warps, num_stages=stages, **FUSED)
 
 
 def dot_dtype(dtype: torch.dtype) -> Any:

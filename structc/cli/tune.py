@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,44 @@ def tune(
         bool,
         typer.Option("--peaks", help="Measure what this machine can do: predictions use it."),
     ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="GPU",
+            help="Compile the model's kernels for a GPU that is not here: cuda:80, cuda:90, "
+            "cuda:100 or hip:gfx942.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="BUNDLE",
+            help="With --target: the folder to write.",
+            show_default=False,
+        ),
+    ] = None,
+    artifact: Annotated[
+        Path | None,
+        typer.Option(
+            "--artifact",
+            metavar="OUT",
+            help="With --target: MODEL as it was converted to OUT.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            help="With --target: as if the model were in this dtype.",
+            show_default=False,
+        ),
+    ] = None,
     effort: flags.Effort = "quick",
     ignore: flags.Ignore = None,
     calib: flags.Calib = None,
@@ -41,14 +80,30 @@ def tune(
 ) -> Answer:
     """Measure beforehand what converting a model will ask for; later conversions find it.
 
+    With --target, compile the kernels that the converted model calls for a GPU: no GPU is needed,
+    and the machine with the GPU needs no compiler: structc.use_bundle("BUNDLE").
+
     \b
     Examples:
       structc tune --peaks
       structc tune model.py:make
       structc tune ./all-MiniLM-L6-v2 --seqlen 128 --effort full
+      structc tune model.py:make --artifact out --target cuda:90 --dtype bfloat16 -o bundle
     """
     if model is None and not peaks:
         raise ConfigError("tune: nothing to do", hint="Name a MODEL, or give --peaks.")
+    text = flags.text_options(calib, seqlen, nsamples, batch_size)
+    if target is not None and model is not None:
+        from structc.cli.tune_bundle import bundle_answer
+
+        return bundle_answer(
+            model, artifact, target, out, text, dtype=dtype, trust=trust, no_progress=no_progress
+        )
+    if target or out or artifact or dtype:
+        raise ConfigError(
+            "--out, --artifact and --dtype are for --target, which compiles a MODEL's kernels",
+            hint="structc tune MODEL --target cuda:90 -o BUNDLE",
+        )
     data: dict[str, Any] = {}
     lines: list[str] = []
     if peaks:
@@ -59,7 +114,6 @@ def tune(
         lines.append(peaks_line(measured))
     if model is None:
         return Answer(data, "\n".join(lines))
-    text = flags.text_options(calib, seqlen, nsamples, batch_size)
     report = inspected(model, text, effort, ignore, trust=trust, no_progress=no_progress)
     found = report.to_dict()
     sites = found["sites"]

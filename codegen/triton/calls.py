@@ -1,0 +1,80 @@
+"""Which operators a model calls, with how many rows: what a bundle holds kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class TileCall:
+    """One tile program as a model calls it.
+
+    Attributes:
+        program: as text.
+        dtype: of its inputs.
+        rows: of the call.
+    """
+
+    program: str
+    dtype: torch.dtype
+    rows: int
+
+
+def recorded(call: Callable[[], object]) -> tuple[TileCall, ...]:
+    """The calls of tile programs, each once, in order; dense products with an activation too.
+
+    Args:
+        call: runs the model on inputs of the sizes that it will see.
+
+    >>> from structc import ops
+    >>> x, w = torch.randn(3, 8), torch.randn(1, 4, 8, 1)
+    >>> recorded(lambda: ops.tile([x], [w], "block(1,4,8,1)"))
+    (TileCall(program='block(1,4,8,1)', dtype=torch.float32, rows=3),)
+    """
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        call()
+    return tuple(dict.fromkeys(recorder.found))
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees operators on their way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[TileCall] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.structc.tile.default:
+            x, program = args[0][0], args[2]
+            self._add(program, x)
+        elif func is torch.ops.structc.dense.default:
+            self._dense(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _dense(
+        self, x: Any, weight: Any, bias: Any, act: str = "", transposed: bool = False
+    ) -> None:
+        if act:
+            n, m = weight.shape if transposed else weight.shape[::-1]
+            self._add(dense_program(n, m, act, bias is not None), x)
+
+    def _add(self, program: str, x: Any) -> None:
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        if rows:
+            self.found.append(TileCall(program, x.dtype, rows))
+
+
+def dense_program(n: int, m: int, act: str, bias: bool) -> str:
+    """A dense product with its epilogue as a tile program.
+
+    >>> dense_program(8, 4, "gelu", True)
+    'block(1,4,8,1) bias(4) act(gelu,4)'
+    """
+    words = [f"block(1,{m},{n},1)", f"bias({m})" if bias else "", f"act({act},{m})" if act else ""]
+    return " ".join(filter(None, words))

@@ -1,0 +1,109 @@
+"""``structc tune MODEL --target GPU -o BUNDLE``: kernels compiled without that GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from structc.cli.session import Answer, note
+from structc.cli.timed import example_of
+from structc.errors import ConfigError
+from structc.progress import named, progress_bars
+from structc.sources.source import TextOptions
+
+
+def bundle_answer(
+    model: str,
+    artifact: Path | None,
+    target: str,
+    out: Path | None,
+    text: TextOptions,
+    *,
+    dtype: str | None,
+    trust: bool,
+    no_progress: bool,
+) -> Answer:
+    """The answer: what became of each program that the compiled model calls."""
+
+    from structc.codegen.triton import bundle, load
+    from structc.codegen.triton.calls import TileCall, recorded
+    from structc.codegen.triton.targets import target_of
+    from structc.codegen.triton.tile import DTYPES
+
+    gpu = target_of(target)
+    if out is None:
+        raise ConfigError("tune --target writes a bundle", hint="Say where: -o BUNDLE.")
+    known = {str(d).removeprefix("torch."): d for d in DTYPES}
+    if dtype is not None and dtype not in known:
+        raise ConfigError(f"--dtype must be {', '.join(known)}, got {dtype!r}")
+    if load.version() is None:
+        raise ConfigError(
+            "kernels for GPUs are compiled with Triton, which is not installed",
+            hint="pip install triton; no GPU is needed.",
+        )
+    if told := load.untested():
+        note(told)
+    with progress_bars(wanted=not no_progress) as progress:
+        fast, example = _compiled(model, artifact, text, trust=trust)
+        args, kwargs = example.args, example.kwargs
+        calls = recorded(lambda: fast(*args, **kwargs))
+        if not calls:
+            raise ConfigError(
+                f"{model} calls no structc operator that kernels are emitted for",
+                hint="Convert it first with a budget, then name the result: --artifact OUT. Plain "
+                "dense products are left to the vendor's library.",
+            )
+        if dtype is not None:
+            calls = tuple(TileCall(c.program, known[dtype], c.rows) for c in calls)
+        found = bundle.build(calls, gpu, out, progress=named(progress, "bundle"))
+    data = {"bundle": str(out), "target": gpu.name, "gpu": gpu.gpu, "programs": _rows(found)}
+    return Answer(data, "\n".join(_lines(data)))
+
+
+def _compiled(model: str, artifact: Path | None, text: TextOptions, *, trust: bool) -> Any:
+    """The model as it will run, and its example call."""
+    import torch
+
+    import structc
+    from structc.sources import load_source
+
+    source = load_source(model, text, trust=trust)
+    source.model.eval()
+    example = example_of(source)
+    if artifact is not None:
+        return structc.load(artifact, source.model), example
+    with torch.no_grad():
+        return structc.compile(source.model, source.example_inputs, effort="none"), example
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "program": one.call.program,
+            "dtype": str(one.call.dtype).removeprefix("torch."),
+            "rows": one.call.rows,
+            "refusal": one.refusal,
+            "plans": list(one.plans),
+        }
+        for one in found
+    ]
+
+
+def _lines(data: dict[str, Any]) -> list[str]:
+    rows = data["programs"]
+    kept = [r for r in rows if r["plans"]]
+    lines = [
+        f"{data['bundle']}: kernels of {len(kept)} programs for {data['target']} ({data['gpu']}), "
+        "compiled; nothing was timed.",
+        "model us: what a cost model predicts of the first plan, and of the one to hold it "
+        "against.",
+        "",
+        f"{'rows':>6} {'dtype':<8} {'model us':>16}  program",
+    ]
+    for row in rows:
+        told = " ".join(f"{p['predicted_us']:.1f}" for p in row["plans"]) or "none"
+        lines.append(f"{row['rows']:>6} {row['dtype']:<8} {told:>16}  {row['program'][:100]}")
+        if row["refusal"]:
+            lines.append(f"{'':>33}{row['refusal']}")
+    lines += ["", "On that GPU:", f"    structc.use_bundle({data['bundle']!r})"]
+    return lines

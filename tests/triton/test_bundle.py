@@ -1,0 +1,194 @@
+"""Kernels compiled beforehand for a GPU that is not here, and found again without a compiler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import structc
+from structc import ops
+from structc.codegen.cpu.samples import sample
+from structc.codegen.triton import aot, bundle, serve, timing
+from structc.codegen.triton.calls import TileCall, recorded
+from structc.codegen.triton.serve import TUNED, bucket_of
+from structc.codegen.triton.targets import target_of
+from structc.errors import ConfigError
+from structc.forms import Convolve, Tile
+from structc.reference import tile_reference
+
+MONARCH = "block(4,12,10,1) permute(4,12) block(12,5,4,1) bias(60)"
+CALLS = (
+    TileCall(MONARCH, torch.bfloat16, 37),
+    TileCall(MONARCH, torch.bfloat16, 60),  # the same number of rows, in powers of two
+    TileCall(str(Tile((Convolve.circulant(8),))), torch.float32, 5),
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bundle.Built]]:
+    folder = tmp_path_factory.mktemp("bundle") / "one"
+    return folder, bundle.build(CALLS, target_of("cuda:90"), folder)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine that has compiled nothing yet, and whose CPU looks for kernels."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    monkeypatch.setitem(ops.BACKENDS, "cpu", serve.__name__)
+    monkeypatch.setattr(serve, "TUNED", TUNED)
+    ops.detach_all()
+    TUNED.clear()
+    yield tmp_path / "cache"
+    ops.detach_all()
+    TUNED.clear()
+
+
+def test_what_a_bundle_holds(built: tuple[Path, list[bundle.Built]]) -> None:
+    folder, found = built
+    assert [len(b.plans) for b in found] == [bundle.MANY, 0]
+    assert "library of transforms" in found[1].refusal and not found[0].refusal
+    data = json.loads((folder / bundle.MANIFEST).read_text())
+    (entry,) = data["programs"]
+    assert (data["target"], entry["program"], entry["rows"]) == ("cuda:90", MONARCH, 64)
+    for plan in entry["plans"]:
+        assert plan["predicted_us"] > 0 and plan["spilled_bytes"] == 0
+    names = {f.suffix for f in (folder / bundle.FOLDER).rglob("*") if f.is_file()}
+    assert names == {".json", ".cubin"}
+
+
+def test_a_gpu_machine_compiles_nothing(
+    built: tuple[Path, list[bundle.Built]], cache: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(built[0], tmp_path / "elsewhere")
+    assert structc.use_bundle(moved) == 1
+    plans = TUNED[MONARCH, torch.bfloat16][64].plans
+    jobs = [j for p in plans for j in bundle._jobs(p, torch.bfloat16, target_of("cuda:90"))]
+    shutil.rmtree(moved)
+    found = aot.compiled(jobs, cache=cache)
+    assert len(found) == len(jobs) and all(m.cached and m.status == "ok" for m in found)
+    (other,) = aot.compiled(
+        bundle._jobs(plans[0], torch.float16, target_of("cuda:90")), cache=cache
+    )
+    assert other.status == "ok" and not other.cached
+
+
+def test_its_plans_are_what_runs(built: tuple[Path, list[bundle.Built]], cache: Path) -> None:
+    inputs, weights = sample(Tile.parse(MONARCH), rows=40, dtype=torch.bfloat16)
+    ops.tile(inputs, weights, MONARCH)  # found before there was a bundle
+    structc.use_bundle(built[0])
+    (y,) = ops.tile(inputs, weights, MONARCH)
+    torch.testing.assert_close(y, tile_reference(inputs[0], weights, MONARCH), rtol=2e-2, atol=2e-2)
+    served = ops._KERNELS[ops.tile_key(MONARCH, torch.bfloat16)][0][2]
+    assert isinstance(served, serve.Served)
+    first = served.attempts(40).ways[0]
+    assert str(first.plan) == str(TUNED[MONARCH, torch.bfloat16][64].plans[0])
+
+
+def test_the_first_call_may_rank_them_anew(
+    built: tuple[Path, list[bundle.Built]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def ordered(ways: list[Any], call: Any) -> list[Any]:
+        seen.append(len(ways))
+        call(ways[0])
+        return ways[::-1]
+
+    monkeypatch.setattr(timing, "ordered", ordered)
+    structc.use_bundle(built[0], rerank=True)
+    inputs, weights = sample(Tile.parse(MONARCH), rows=40, dtype=torch.bfloat16)
+    for _ in range(2):
+        ops.tile(inputs, weights, MONARCH)
+    assert seen == [bundle.MANY]
+    served = ops._KERNELS[ops.tile_key(MONARCH, torch.bfloat16)][0][2]
+    assert isinstance(served, serve.Served)
+    plans = TUNED[MONARCH, torch.bfloat16][64].plans
+    assert [str(w.plan) for w in served.attempts(40).ways[:2]] == [str(p) for p in plans[::-1]]
+
+
+def test_order_by_the_clock() -> None:
+    times = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
+    now: list[str] = []
+
+    def call(way: str) -> None:
+        if way == "broken":
+            raise RuntimeError("no")
+        now.append(way)
+
+    def clock(run: Any) -> float:
+        run()
+        return times[now[-1]]
+
+    found = timing.ordered(["slow", "broken", "fast", "middle"], call, clock)
+    assert found == ["fast", "middle", "slow", "broken"]
+    assert timing.ordered(["slow", "fast"], call) == ["slow", "fast"]  # no GPU, no clock
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"format": 9}, "format 9"),
+        ({"target": "cuda:30"}, "damaged"),
+        ({"programs": [{"program": MONARCH}]}, "damaged: KeyError"),
+        (
+            {"programs": [{"program": "nonsense", "dtype": "bf16", "rows": 1, "plans": []}]},
+            "nonsense",
+        ),
+        ({"programs": 3}, "damaged"),
+    ],
+)
+def test_damaged_bundles(
+    built: tuple[Path, list[bundle.Built]], cache: Path, tmp_path: Path, change: Any, told: str
+) -> None:
+    copy = shutil.copytree(built[0], tmp_path / "copy")
+    data = json.loads((copy / bundle.MANIFEST).read_text())
+    (copy / bundle.MANIFEST).write_text(json.dumps({**data, **change}))
+    with pytest.raises(ConfigError, match=told):
+        structc.use_bundle(copy)
+    assert not TUNED and not cache.exists()
+
+
+@pytest.mark.parametrize("change", [{"bm": 24}, {"bm": 0}, {"split": 0}])
+def test_configs_that_no_kernel_takes(
+    built: tuple[Path, list[bundle.Built]], cache: Path, tmp_path: Path, change: Any
+) -> None:
+    copy = shutil.copytree(built[0], tmp_path / "copy")
+    data = json.loads((copy / bundle.MANIFEST).read_text())
+    data["programs"][0]["plans"][0]["configs"][0].update(change)
+    (copy / bundle.MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="damaged"):
+        structc.use_bundle(copy)
+
+
+def test_no_bundle_and_no_room_for_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no bundle"):
+        structc.use_bundle(tmp_path)
+    with pytest.raises(ConfigError, match="exists"):
+        bundle.build(CALLS, target_of("cuda:90"), tmp_path)
+    with pytest.raises(ConfigError, match="no folder"):
+        bundle.build(CALLS, target_of("cuda:90"), tmp_path / "a" / "b")
+
+
+def test_what_a_model_calls() -> None:
+    x, w, bias = torch.randn(2, 3, 8), torch.randn(1, 4, 8, 1), torch.randn(5)
+
+    def call() -> None:
+        ops.tile([x], [w], "block(1,4,8,1)")
+        ops.dense(x, torch.randn(5, 8), bias, "relu")
+        ops.dense(x, torch.randn(5, 8), bias)  # the vendor's
+        ops.tile([x[:, :0]], [w], "block(1,4,8,1)")  # no rows
+        ops.tile([x], [w], "block(1,4,8,1)")
+
+    found = recorded(call)
+    assert found == (
+        TileCall("block(1,4,8,1)", torch.float32, 6),
+        TileCall("block(1,5,8,1) bias(5) act(relu,5)", torch.float32, 6),
+    )
+    assert bucket_of(6) == 8
