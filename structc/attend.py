@@ -35,8 +35,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Softmax, Extras], tuple[Tensor, Tenso
 """Output and row sums, or None for inputs that it does not serve."""
 
 _NAME = "attention"
-BACKENDS = {"cpu": "structc.codegen.attention"}
-"""For each kind of device the module whose ``kernel_of(dtype)`` gives its kernel."""
+BACKENDS = {"cpu": "structc.codegen.attention", "cuda": "structc.codegen.triton.attention"}
+"""For each kind of device the module whose ``kernel_of(dtype)`` gives its kernel. A kernel may have
+a method ``backward`` with the arguments of :func:`structc.softmax.softmax_backward`, which computes
+gradients where it does not, or gives None."""
 
 ops._LIB.define(
     f"{_NAME}(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? lags, Tensor? keys, "
@@ -157,8 +159,12 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
             faint = faint & (lse != -torch.inf)
         plain = not bool(faint.any())
     if plain:
-        found = softmax_backward(q, k, v, form, extras, o, lse, grad_o, grad_lse)
-        return (*found, *[None] * 6)
+        call = (q, k, v, form, extras, o, lse, grad_o, grad_lse)
+        grads = None
+        if not ops.watched((q, k, v, grad_o)):  # a tracer has no memory to write to
+            fast = getattr(kernel_for(q.device.type, q.dtype), "backward", None)
+            grads = None if fast is None else fast(*call)
+        return (*(grads or softmax_backward(*call)), *[None] * 6)
     leaves = [
         None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors
     ]

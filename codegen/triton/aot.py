@@ -26,8 +26,8 @@ _TORCH = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
     "i8": "int8", "u8": "uint8", "i1": "bool",
 }  # fmt: skip
-_SCALARS = {"i32": 999_983, "i64": 4_294_967_311, "fp32": 0.3}
-"""Numbers that a call may pass: none that code would be made for, such as multiples of 16."""
+_SCALARS = {"i32": 999_983, "stride": 4096, "fp32": 0.3}
+"""Numbers that a call may pass: none that code would be made for, but strides: multiples of 16."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Job:
 
     Attributes:
         path, function: where its source is.
-        arguments: by name what they are, in order: ``"*bf16"``, ``"*i64"``, ``"i32"``, ``"fp32"``;
-            pointers are taken to be aligned to 16 bytes.
+        arguments: by name what they are, in order: ``"*bf16"``, ``"*i64"``, ``"i32"``,
+            ``"stride"``; pointers are taken to be aligned to 16 bytes.
         sizes: compile-time arguments; ``DOT`` is the dtype of products.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         warps, stages: of :class:`structc.codegen.triton.config.Config`.

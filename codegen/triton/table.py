@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from structc.codegen.triton import aot, load
+from structc.codegen.triton import aot, attention_table, load
 from structc.codegen.triton.aot import Job
-from structc.codegen.triton.config import Config, configs
+from structc.codegen.triton.config import configs
 from structc.codegen.triton.emit import emit, kernels, own_config, widths
+from structc.codegen.triton.entry import Entry
 from structc.codegen.triton.plan import VARIANTS, plans
 from structc.codegen.triton.predict import predict
 from structc.codegen.triton.targets import TARGETS
@@ -60,28 +61,6 @@ BATCH = 32
 """Jobs that one child process compiles: progress is seen."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One kernel to be compiled.
-
-    Attributes:
-        case: the program, for people.
-        kind: of the kernel: ``"panel"``, ``"norm"``, ...
-        config: how it is cut up.
-        chosen: whether that is the default.
-        job: for the compiler.
-        predicted: seconds of the stage at :data:`ROWS`, by the cost model; None where it has no
-            room, or for what follows a product.
-    """
-
-    case: str
-    kind: str
-    config: Config
-    chosen: bool
-    job: Job
-    predicted: float | None
-
-
 def entries(
     case: Case, dtype: torch.dtype, targets: Sequence[str], *, every: bool
 ) -> list[Entry] | Refusal:
@@ -123,7 +102,7 @@ def _programs(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[E
     return found
 
 
-SOURCES = (_programs,)
+SOURCES = (_programs, attention_table.entries)
 """What gives the entries of a dtype, one for each kind of operator."""
 
 
