@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _TORCH = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
     "i8": "int8", "u8": "uint8", "i1": "bool",
 }  # fmt: skip
+MOST = 8
+"""Processes that compile at a time."""
 _SCALARS = {"i32": 999_983, "stride": 4096, "fp32": 0.3}
 """Numbers that a call may pass: none that code would be made for, but strides: multiples of 16."""
 
@@ -79,13 +82,26 @@ class Compiled:
 def compiled(
     jobs: Sequence[Job], *, cache: Path | None = None, timeout: float = 600.0
 ) -> list[Compiled]:
-    """Compile jobs in a child process; a job that fails says why.
+    """Compile jobs in child processes, one a core; a job that fails says why.
 
     Args:
         jobs: what to compile.
         cache: folder of Triton's cache; its own without.
         timeout: seconds for all of them.
     """
+    many = max(1, min(len(jobs), os.cpu_count() or 1, MOST))
+    found = [Compiled()] * len(jobs)
+    with ThreadPoolExecutor(many) as pool:  # a thread waits for its process
+        shares = pool.map(
+            lambda own: _child(own, cache, timeout), (jobs[i::many] for i in range(many))
+        )
+        for at, share in enumerate(shares):
+            found[at::many] = share
+    return found
+
+
+def _child(jobs: Sequence[Job], cache: Path | None, timeout: float) -> list[Compiled]:
+    """Compile jobs one after the other in a process of its own."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     env |= {} if cache is None else {"TRITON_CACHE_DIR": str(cache)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

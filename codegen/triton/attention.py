@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,26 +43,47 @@ KERNELS: Mapping[str, tuple[Config, ...]] = {
     "keys": BACKWARD,
 }
 """The kernels of a source, and what each may be compiled with."""
+FIRST = (
+    ("cuda", "forward", 128, True, Config(128, 64, 1, 8, 3)),
+    ("cuda", "queries", 128, True, Config(64, 64, 1, 8, 2)),
+    ("cuda", "keys", 64, True, Config(64, 32, 1, 8, 2)),
+    ("cuda", "keys", 128, True, Config(32, 64, 1, 8, 2)),
+    ("hip", "forward", 128, False, Config(32, 32, 1, 4, 1)),
+    ("hip", "forward", 128, True, Config(16, 32, 1, 4, 1)),
+    ("hip", "queries", 128, True, Config(32, 32, 1, 8, 1)),
+    ("hip", "keys", 128, True, Config(32, 32, 1, 8, 1)),
+)
+"""What is taken first, the first line that fits: backend, kernel, largest head, whether a window
+may be there, config. Chosen from compiled code: the largest tiles of two-byte numbers without a
+spill, scalar registers of gfx942 among them, which hold its masks."""
 _log = logging.getLogger("structc")
 
 
 def configs(
     kernel: str, shape: Shape, target: GpuTarget, size: int, queries: int, keys: int
 ) -> list[Config]:
-    """What may be tried, the best first: the largest tiles that have room and are not mostly empty.
+    """What may be tried: :data:`FIRST`, then the largest tiles that have room and are not mostly
+    empty.
 
     >>> from structc.codegen.triton.targets import target_of
     >>> shape = Shape(Softmax(0.125, causal=True), 64, 64)
     >>> str(configs("forward", shape, target_of("cuda:90"), 2, 4096, 4096)[0])
-    '128x128x1, 8 warps, 3 stages'
+    '128x64x1, 8 warps, 3 stages'
     """
     most = (max(DOT, power_above(queries)), max(DOT, power_above(keys)))
+    named = (
+        replace(config, bm=min(config.bm, most[0]), bn=min(config.bn, most[1]))
+        for backend, name, widest, window, config in FIRST
+        if (backend, name) == (target.backend, kernel)
+        and max(shape.wide) <= widest
+        and (window or not shape.form.window)
+    )
     able = [
         c
-        for c in KERNELS[kernel]
+        for c in (*itertools.islice(named, 1), *KERNELS[kernel])
         if c.bm <= most[0] and c.bn <= most[1] and _fits(kernel, shape, c, target, size)
     ]
-    return able or [KERNELS[kernel][-1]]
+    return list(dict.fromkeys(able)) or [KERNELS[kernel][-1]]
 
 
 def _fits(kernel: str, shape: Shape, config: Config, target: GpuTarget, size: int) -> bool:

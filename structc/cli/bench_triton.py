@@ -45,7 +45,7 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
 def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     wide = max(len(r["case"]) for r in rows)
     head = (
-        f"{'case':<{wide}} {'kernel':<8} {'dtype':<5} {'target':<10} {'config':<32} {'shared':>7} "
+        f"{'case':<{wide}} {'kernel':<10} {'dtype':<5} {'target':<10} {'config':<41} {'shared':>7} "
         f"{'regs':>5} {'spills':>6} {'matrix':>6} {'wide':>5} {'model us':>8}"
     )
     return [head, *(_line(r, wide) for r in rows)]
@@ -53,7 +53,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _line(r: Mapping[str, Any], wide: int) -> str:
     start = (
-        f"{r['case']:<{wide}} {r['kernel']:<8} {r['dtype']:<5} {r['target']:<10} {r['config']:<32}"
+        f"{r['case']:<{wide}} {r['kernel']:<10} {r['dtype']:<5} {r['target']:<10} {r['config']:<41}"
     )
     if r["status"] != "ok":
         return f"{start} {r['status']}"

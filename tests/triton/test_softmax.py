@@ -281,7 +281,7 @@ def test_default_configs_fit(target: str) -> None:
     for shape in CASES.values():
         for kernel in KERNELS:
             some = configs(kernel, shape, target_of(target), 2, 4096, 4096)
-            assert some and set(some) <= set(KERNELS[kernel])
+            assert some and len(set(some)) == len(some)
     few = configs("forward", next(iter(CASES.values())), target_of(target), 2, 1, 4096)
     assert few[0].bm == 16
 
