@@ -203,7 +203,9 @@ def filled(
         scores, _, hidden = row.shown(wide_q, wide_k, form, extras)
         scores = scores if hidden is None else scores.masked_fill(hidden, form.fill)
         anew = (scores.softmax(-1) @ wide_v).to(o.dtype)
-        o = torch.where((faint & (torch.arange(o.shape[2]) == i))[..., None], anew, o)
+        o = torch.where(
+            (faint & (torch.arange(o.shape[2], device=o.device) == i))[..., None], anew, o
+        )
     return o
 
 

@@ -47,7 +47,10 @@ class AbstractMethod(abc.ABC):
         """The output ``(B, H, n_q, d_v)``; zeros without keys, as exact attention gives."""
         if 0 in (*q.shape[:3], k.shape[2]):
             return exact(q, k, v, scale=self.scale)
-        return self.attend(q, k, v)[0]
+        if q.is_cpu:
+            return self.attend(q, k, v)[0]
+        with q.device:  # what a method makes lies where q does
+            return self.attend(q, k, v)[0]
 
     @abc.abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -222,9 +225,9 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
     return o.to(o1.dtype), torch.logaddexp(lse1, lse2)
 
 
-def causal_mask(n: int, m: int) -> Tensor:
-    """True where query i sees key ``j <= i``."""
-    return torch.arange(m)[None] <= torch.arange(n)[:, None]
+def causal_mask(n: int, m: int, device: torch.device | None = None) -> Tensor:
+    """True where query i sees key ``j <= i``; on the current device, or another."""
+    return torch.arange(m, device=device)[None] <= torch.arange(n, device=device)[:, None]
 
 
 __all__ = ["AbstractMethod", "Certificate", "causal_mask", "certify", "check_qkv", "exact", "merge"]

@@ -224,10 +224,10 @@ class _Decay:
     @staticmethod
     def of(decay: Tensor | None, like: Tensor) -> _Decay:
         """For chunks of this length; the state counts from the last key of its chunk."""
-        lower = causal_mask(CHUNK, CHUNK).to(like.dtype)
+        lower = causal_mask(CHUNK, CHUNK, like.device).to(like.dtype)
         if decay is None:
             return _Decay(lower)
-        place = torch.arange(CHUNK, dtype=like.dtype)
+        place = torch.arange(CHUNK, dtype=like.dtype, device=like.device)
         m = decay.to(like.dtype)[:, None, None, None]
         lag = (place[:, None] - place).clamp(min=0)
         since, until = (place + 1)[:, None], (CHUNK - 1 - place)[:, None]

@@ -259,7 +259,7 @@ class _Nearest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, b: Tensor, n: int, causal: bool, narrow: float) -> Tensor:
         ctx.rest = n, causal, narrow
-        scale = _counts(n, causal).rsqrt()
+        scale = _counts(n, causal, b.device).rsqrt()
         left = b * scale
         x, along = torch.zeros_like(left), left
         size = left.square().sum(1, keepdim=True)
@@ -285,12 +285,12 @@ class _Nearest(torch.autograd.Function):
         return _Nearest.apply(grads[0], *ctx.rest), None, None, None
 
 
-def _counts(n: int, causal: bool) -> Tensor:
+def _counts(n: int, causal: bool, device: torch.device) -> Tensor:
     """Visible scores of each query, each key and each lag: the diagonal of M."""
-    up = torch.arange(1.0, n + 1, dtype=torch.float64)
+    up = torch.arange(1.0, n + 1, dtype=torch.float64, device=device)
     if causal:
         return torch.cat([up, up.flip(0), up.flip(0)])
-    return torch.cat([torch.full((2 * n,), float(n), dtype=torch.float64), up, up[:-1].flip(0)])
+    return torch.cat([torch.full_like(up, float(n)).repeat(2), up, up[:-1].flip(0)])
 
 
 def _normal(x: Tensor, n: int, causal: bool) -> Tensor:
@@ -304,7 +304,7 @@ def _normal(x: Tensor, n: int, causal: bool) -> Tensor:
         lags, rows, columns = _windows(t, n), _prefixes(r), _prefixes(c).flip(1)
         all_c, all_r = c.sum(1, keepdim=True), r.sum(1, keepdim=True)
         others = [all_c + lags, all_r + lags.flip(1), rows + columns]
-    return _counts(n, causal) * x + torch.cat(others, 1)
+    return _counts(n, causal, x.device) * x + torch.cat(others, 1)
 
 
 def _windows(x: Tensor, n: int) -> Tensor:
