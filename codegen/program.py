@@ -14,6 +14,7 @@ from structc.forms import (
     Add,
     Bias,
     Block,
+    Convolve,
     Keep,
     Load,
     Mul,
@@ -46,9 +47,9 @@ class Stage:
     Attributes:
         kind: ``panel`` (a block factor with d = 1), ``strided`` (d > 1), ``woven`` (strided, its
             output shuffled), ``sparse``, ``listed`` (a selection), ``shuffle``, ``move`` (no
-            factor: its input goes on to what follows).
+            factor: its input goes on to what follows), ``convolve``.
         block: the pattern, of several merged factors perhaps; of a sparse one (1, b, c, nnz); of
-            the last three (1, out, in, 1).
+            the last four (1, out, in, 1).
         out: features.
         weights: which of the program's weights it is made of, first applied first.
         parts: their patterns, before any were merged.
@@ -64,6 +65,7 @@ class Stage:
         keeps: the slot where the output stays.
         inner: the stages in front of it whose outputs never leave the kernel.
         turns: its output is stored through a shuffle of so many blocks; 0 as it is.
+        convolution: the step, of that kind.
     """
 
     kind: str
@@ -83,6 +85,7 @@ class Stage:
     keeps: int | None = None
     inner: tuple[Stage, ...] = ()
     turns: int = 0
+    convolution: Convolve | None = None
 
     @property
     def tail(self) -> str:
@@ -115,7 +118,9 @@ class Program:
         return self.stages[-1].out
 
 
-def stages_of(form: Tile, dtype: torch.dtype, *, folds: bool = False) -> Program | Refusal:
+def stages_of(
+    form: Tile, dtype: torch.dtype, *, folds: bool = False, convolves: bool = False
+) -> Program | Refusal:
     """The program's stages, or why no kernel is emitted for it.
 
     Args:
@@ -123,12 +128,14 @@ def stages_of(form: Tile, dtype: torch.dtype, *, folds: bool = False) -> Program
         dtype: of its factors.
         folds: whether every product can read its input through a shuffle; else those alone whose
             blocks stay side by side, and the others are carried out in front.
+        convolves: whether there is a kernel for convolutions.
 
     >>> form = Tile.parse("block(1,8,32,1) block(1,32,8,1) act(relu,32)")
     >>> stages_of(form, torch.float32).stages[-1].act
     'relu'
     """
-    other = next((s for s in form.steps if isinstance(s, SPECTRAL)), None)
+    left = (s for s in form.steps if isinstance(s, SPECTRAL))
+    other = next((s for s in left if not (convolves and isinstance(s, Convolve))), None)
     if other is not None:
         return _refuse("SPECTRAL", f"{other} is for a library of transforms, not an emitted kernel")
     empty = [s for s in form.steps if not _filled(s)]
@@ -176,6 +183,10 @@ class _Reader:
             case Sparse(m, n, b, c, nnz):
                 self._carry_out()
                 self._push("sparse", Block(1, b, c, nnz), m, step.weights, run=n // c)
+            case Convolve(n, m, _, _, _):
+                self._carry_out()
+                self._push("convolve", Block(1, m, n, 1), m, step.weights)
+                self.stages[-1] = replace(self.stages[-1], parts=(), convolution=step)
             case Select(m, n):
                 self._carry_out()
                 self._push("listed", Block(1, m, n, 1), m, step.weights)

@@ -27,7 +27,7 @@ from structc.codegen.triton.calls import TileCall
 from structc.codegen.triton.config import Config
 from structc.codegen.triton.device import running
 from structc.codegen.triton.emit import emit, kernels, own_config
-from structc.codegen.triton.plan import VARIANTS, Plan, plans
+from structc.codegen.triton.plan import VARIANTS, Plan, plans, room
 from structc.codegen.triton.serve import Tuned, bucket_of
 from structc.codegen.triton.targets import TARGETS, GpuTarget
 from structc.codegen.triton.tile import DTYPES, analyse
@@ -160,6 +160,9 @@ class _Open:
         program = analyse(Tile.parse(call.program), call.dtype)
         if isinstance(program, Refusal):
             return _Open(call, [], program.reason)
+        none = room(program, call.rows, DTYPES[call.dtype], target)
+        if none is not None:
+            return _Open(call, [], none.reason)
         return _Open(call, plans(program, call.rows, DTYPES[call.dtype], target, many=3)[:TRIED])
 
     def next(self) -> list[Plan]:

@@ -44,7 +44,7 @@ class Config:
 
 DOT = 16
 """Least rows, outputs and columns of a product of matrices."""
-PRODUCTS = ("panel", "sparse", "turned", "pair", "bottleneck", "coupled")
+PRODUCTS = ("panel", "sparse", "turned", "pair", "bottleneck", "coupled", "convolve")
 """Kinds of stages that multiply matrices."""
 FEW = 128
 """Rows up to which programs may share the columns of an output."""
@@ -72,6 +72,10 @@ _ON_CHIP = (
     (32, 32, 32, 4, 2), (16, 64, 64, 4, 2), (16, 32, 16, 8, 2), (16, 16, 16, 4, 2),
 )  # fmt: skip
 """Tiles of two products that hold what is between."""
+_TRANSFORMS = (
+    (1, 4, 1), (1, 8, 1), (2, 8, 1), (2, 4, 1), (4, 8, 1), (4, 4, 1), (1, 2, 1), (1, 16, 1),
+)  # fmt: skip
+"""Rows, warps and stages of a transform."""
 _WHOLE = (
     (64, 64, 1, 4, 1), (32, 64, 1, 4, 1), (16, 128, 1, 4, 1), (32, 128, 1, 8, 1),
     (8, 256, 1, 4, 1), (4, 512, 1, 4, 1), (1, 1024, 1, 4, 1), (128, 32, 1, 4, 1),
@@ -94,6 +98,9 @@ def configs(stage: Stage, rows: int) -> list[Config]:
     least, block = DOT if product else 1, stage.block
     outputs = block.b if product else block.d if stage.kind == "strided" else stage.out
     columns = stage.inner[0].block.c if stage.inner else block.c
+    if stage.kind == "convolve":
+        most = power_above(rows)
+        return [Config(bm, 1, 1, w, s) for bm, w, s in _TRANSFORMS if bm <= most]
     shapes: tuple[tuple[int, ...], ...] = _TILES if product else _WHOLE
     if stage.kind in ("turned", "pair"):
         shapes = _BLOCKS

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from structc.codegen.program import Program, Stage
-from structc.codegen.triton import pair, panel, plain
+from structc.codegen.triton import fft, pair, panel, plain
 from structc.codegen.triton.config import Config, power_above
 from structc.codegen.triton.pieces import Kernel, head
 
 HEAD = "import triton\nimport triton.language as tl\n"
-WAYS = {**panel.WAYS, **pair.WAYS, **plain.WAYS}
+WAYS = {**panel.WAYS, **pair.WAYS, **plain.WAYS, **fft.WAYS}
 """For each kind of stage the kernels that there are for it, by name."""
 
 

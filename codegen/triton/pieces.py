@@ -17,7 +17,7 @@ ACTIVATIONS = {
 """What follows sums, elementwise; tanh z is ``2 sigmoid(2 z) - 1``."""
 TILE = ("BM", "BN", "BK")
 """Compile-time sizes of a tile; ``DOT`` is every kernel's last."""
-_TYPES = {"first": "*i64", "place": "*i64", "part": "*fp32"}
+_TYPES = {"first": "*i64", "place": "*i64", "part": "*fp32", "turns": "*fp32", "gate": "*fp32"}
 
 
 @dataclass(frozen=True)

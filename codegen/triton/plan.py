@@ -12,6 +12,7 @@ from structc.codegen.triton.pair import fused
 from structc.codegen.triton.panel import turned
 from structc.codegen.triton.predict import ranked
 from structc.codegen.triton.targets import GpuTarget
+from structc.records import Refusal
 
 VARIANTS: Mapping[str, Callable[[Program], Program]] = {
     "stages": lambda program: program,
@@ -30,7 +31,7 @@ class Plan:
         variant: of :data:`VARIANTS`.
         program: after it.
         configs: one for each stage.
-        seconds: that the cost model predicts; infinite where it sees no room.
+        seconds: that the cost model predicts; infinite where it sees no room for any config.
     """
 
     variant: str
@@ -40,6 +41,15 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self.variant}: {'; '.join(map(str, self.configs))}"
+
+
+def room(program: Program, rows: int, dtype: str, target: GpuTarget) -> Refusal | None:
+    """Why a GPU has no room for a program, or None."""
+    for stage, width in zip(program.stages, widths(program), strict=True):
+        if not ranked(stage, width, rows, dtype, target):
+            reason = f"a {stage.kind} of {stage.out} features has no room on {target.gpu}"
+            return Refusal("", "triton", "ROOM", reason)
+    return None
 
 
 def plans(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from structc.codegen.program import Stage
 from structc.codegen.triton.config import PRODUCTS, Config, configs
 from structc.codegen.triton.emit import kernels
+from structc.codegen.triton.fft import factors_of, step_of
 from structc.codegen.triton.pair import middle_of
 from structc.codegen.triton.targets import GpuTarget
 from structc.forms import Block
@@ -35,6 +36,8 @@ SEEN = 0.1
 """Share of what goes on beside the longest part that is not hidden by it; assumed."""
 SPARE = 48
 """Registers of a thread beside its sums."""
+ROW = 1024
+"""Points of transforms that a program holds of several rows together; a longer one is alone."""
 SECTOR = 32
 """Bytes that a cache hands out together."""
 
@@ -84,9 +87,10 @@ def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work
     groups = run[0].groups
     places = {"listed": stage.out, "sparse": groups + 1 + stage.block.d}.get(stage.kind, 0)
     out = rows * stage.out * (1 + extra)
-    memory = size * (rows * read + params + out + bias) + 8 * places
+    tables = 0 if stage.convolution is None else 16 * stage.convolution.fft_size  # of float32
+    memory = size * (rows * read + params + out + bias) + 8 * places + tables
     outputs = loop.outputs * (1 + extra) + (loop.outputs // max(1, config.bm) if bias else 0)
-    loads = size * (loop.inputs + outputs)
+    loads = size * (loop.inputs + outputs) + loop.tables
     if run[0].shares:
         shares = 4 * config.split * rows * stage.out
         memory += 2 * shares
@@ -105,7 +109,7 @@ def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work
 @dataclass(frozen=True)
 class _Loop:
     """Numbers of all programs together: loaded, of those the ones of x, stored; flops; turns of
-    one."""
+    one; bytes of tables."""
 
     inputs: int
     left: int
@@ -113,11 +117,12 @@ class _Loop:
     done: int = 0
     plain: int = 0
     turns: int = 1
+    tables: int = 0
 
 
 def _factors(stage: Stage) -> list[Block]:
     kinds = (*PRODUCTS, "strided")
-    return [s.block for s in (*stage.inner, stage) if s.kind in kinds]
+    return [s.block for s in (*stage.inner, stage) if s.kind in kinds and s.kind != "convolve"]
 
 
 def _panel(stage: Stage, config: Config, programs: int) -> _Loop:
@@ -173,6 +178,19 @@ def _two(stage: Stage, config: Config, programs: int) -> _Loop:
                  turns)  # fmt: skip
 
 
+def _convolve(stage: Stage, config: Config, programs: int) -> _Loop:
+    """Two products of real numbers at each end, four for every other factor each way."""
+    found = factors_of(step_of(stage))
+    assert found is not None
+    points = config.bm * math.prod(found.wide)
+    ends, inner = 4 * found.wide[0], 8 * sum(found.wide[1:])
+    read = config.bm * stage.block.c
+    twiddles = 4 * (len(found.own) - 1) + 2
+    tables = 4 * programs * (twiddles * points + 2 * sum(n * n for n in found.wide))
+    return _Loop(programs * read, programs * read, programs * config.bm * stage.out,
+                 2 * programs * points * (ends + inner), 0, 1, tables)  # fmt: skip
+
+
 def _strided(stage: Stage, config: Config, programs: int) -> _Loop:
     tile, c = config.bm * config.bn, stage.block.c
     every = programs * c
@@ -193,6 +211,7 @@ _LOOPS = {
     "bottleneck": _two,
     "coupled": _two,
     "strided": _strided,
+    "convolve": _convolve,
 }
 """How programs of a kind go on; the others copy."""
 
@@ -269,6 +288,13 @@ def _room(
     stage: Stage, config: Config, size: int, target: GpuTarget, turns: int
 ) -> tuple[int, int]:
     """Bytes of shared memory and numbers in registers that a program takes, about."""
+    if stage.kind == "convolve":
+        found = factors_of(step_of(stage))
+        assert found is not None
+        points = config.bm * math.prod(found.wide)
+        if found.size > target.points or (config.bm > 1 and points > ROW):
+            return target.shared + 1, points
+        return 2 * size * points, 12 * points
     if stage.kind not in PRODUCTS or config.bm == 1:
         return 0, config.bm * config.bn * (config.bk if stage.kind == "panel" else 1)
     buffers = max(1, config.stages - target.early) if turns > 1 else 1

@@ -20,7 +20,7 @@ from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.calls import dense_program
 from structc.codegen.triton.config import power_above
 from structc.codegen.triton.device import running
-from structc.codegen.triton.plan import Plan, plans
+from structc.codegen.triton.plan import Plan, plans, room
 from structc.codegen.triton.targets import GpuTarget
 from structc.codegen.triton.tile import DTYPES, TritonTile, analyse, make
 from structc.forms import Tile
@@ -58,6 +58,8 @@ class Served:
         elsewhere = {str(t.device) for t in (*weights, *others) if t.device != x.device}
         if elsewhere:
             raise RuntimeError(f"structc::tile: x is on {x.device}, others on {elsewhere}")
+        if any(w.is_complex() for w in weights):  # kernels are of real numbers
+            return tile_reference(x, weights, str(self.form), others).contiguous()
         attempts = self.attempts(x.shape[0])
         with torch.cuda.device_of(x):  # Triton launches on the current one
             tuned = self.tuned.get(bucket_of(x.shape[0]))
@@ -127,6 +129,9 @@ def serve(form: Tile, dtype: torch.dtype) -> Served | Refusal:
     program = analyse(form, dtype)
     if isinstance(program, Refusal):
         return program
+    none = room(program, 1, DTYPES[dtype], target)
+    if none is not None:
+        return none
     load.warn_untested()
     return Served(form, program, dtype, target, TUNED.get((str(form), dtype), {}))
 

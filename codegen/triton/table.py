@@ -13,11 +13,11 @@ from structc.codegen.triton.aot import Job
 from structc.codegen.triton.config import configs
 from structc.codegen.triton.emit import emit, kernels, own_config, widths
 from structc.codegen.triton.entry import Entry
-from structc.codegen.triton.plan import VARIANTS, plans
+from structc.codegen.triton.plan import VARIANTS, plans, room
 from structc.codegen.triton.predict import predict
 from structc.codegen.triton.targets import TARGETS
 from structc.codegen.triton.tile import DTYPES, analyse
-from structc.forms import Tile
+from structc.forms import Convolve, Tile
 from structc.records import Refusal
 
 
@@ -55,6 +55,8 @@ CASES = (
     Case("selection, RMS norm 4096", "select(4096,4096) norm(4096,rms,1e-06)"),
     Case("shuffle 4096", "permute(64,64)"),
     Case("GELU 4096", "act(gelu,4096)"),
+    Case("circulant 1024", str(Tile((Convolve.circulant(1024),)))),
+    Case("circulant 4096", str(Tile((Convolve.circulant(4096),)))),
 )  # fmt: skip
 """Programs for each kind of kernel."""
 BATCH = 32
@@ -64,7 +66,7 @@ BATCH = 32
 def entries(
     case: Case, dtype: torch.dtype, targets: Sequence[str], *, every: bool
 ) -> list[Entry] | Refusal:
-    """The kernels of a program for each target; with all their configs, or the default."""
+    """The kernels of a program for each target that has room: all configs, or the default."""
     program = analyse(Tile.parse(case.program), dtype)
     if isinstance(program, Refusal):
         return program
@@ -73,6 +75,8 @@ def entries(
     path = str(load.write(emit(changed)))
     for name in targets:
         target = TARGETS[name]
+        if room(program, case.rows, word, target) is not None:
+            continue
         plan = next(p for p in plans(program, case.rows, word, target) if p.program == changed)
         for at, stage in enumerate(changed.stages):
             width, chosen = widths(changed)[at], plan.configs[at]

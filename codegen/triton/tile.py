@@ -13,6 +13,7 @@ from structc import ops
 from structc.codegen.program import Program, Stage, full, product, stages_of
 from structc.codegen.triton.config import Config
 from structc.codegen.triton.emit import emit, kernels, own_config
+from structc.codegen.triton.fft import factors_of, step_of, tables
 from structc.codegen.triton.load import FUSED, module_of
 from structc.codegen.triton.pieces import Kernel
 from structc.codegen.triton.plan import Plan
@@ -33,13 +34,20 @@ def analyse(form: Tile, dtype: torch.dtype) -> Program | Refusal:
     """
     if dtype not in DTYPES:
         return Refusal("", "triton", "DTYPE", f"kernels are {', '.join(DTYPES.values())}")
-    program = stages_of(form, dtype, folds=True)
-    if isinstance(program, Program):
-        wide = [s.out for s in program.stages if s.norm is not None and s.out > WIDEST_NORM]
-        if wide:
-            reason = f"a norm over {wide[0]} features, more than {WIDEST_NORM}"
+    program = stages_of(form, dtype, folds=True, convolves=True)
+    return program if isinstance(program, Refusal) else _too_wide(program) or program
+
+
+def _too_wide(program: Program) -> Refusal | None:
+    """Why rows of a program have no room on chip, or None."""
+    for stage in program.stages:
+        if stage.convolution is not None and factors_of(stage.convolution) is None:
+            reason = f"{stage.convolution}: a row has no room on chip, the FFT is a library's"
+            return Refusal("", "triton", "SPECTRAL", reason)
+        if stage.norm is not None and stage.out > WIDEST_NORM:
+            reason = f"a norm over {stage.out} features, more than {WIDEST_NORM}"
             return Refusal("", "triton", "NORM", reason)
-    return program
+    return None
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,9 @@ def _weights(stage: Stage, weights: Sequence[Tensor]) -> dict[str, Tensor]:
         found[f"w{at}"] = _factors(inner, weights)
     if stage.kind == "sparse":
         found |= dict(zip(("w", "first", "place"), (t.contiguous() for t in own), strict=True))
+    elif stage.kind == "convolve":
+        step = step_of(stage)
+        found |= ops.derived(own, f"triton{step}", lambda w: tables(step, w[0]))
     elif stage.kind == "listed":
         found["place"] = own[0].contiguous()
     elif own:

@@ -811,6 +811,7 @@ def test_triton_kernels(family) -> None:
             assert relative_error(got, want.relu()) <= 1e-5, (str(form), str(plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_null_of_a_large_weight_is_sampled_at_a_small_one(family, monkeypatch) -> None:
     for n, m in ((4096, 4096), (1024, 4096)):

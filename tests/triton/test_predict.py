@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structc.codegen.cpu.samples import sample
-from structc.codegen.program import Program, stages_of
+from structc.codegen.program import Program
 from structc.codegen.triton import tile
 from structc.codegen.triton.config import Config, configs
 from structc.codegen.triton.emit import kernels, widths
 from structc.codegen.triton.plan import VARIANTS, Plan, plans
 from structc.codegen.triton.predict import BYTES, Work, predict, ranked, roofline, work
 from structc.codegen.triton.targets import TARGETS, target_of
-from structc.forms import Tile
+from structc.forms import Convolve, Tile
 from structc.records import Refusal
 
 PROGRAMS = {
@@ -31,6 +31,7 @@ PROGRAMS = {
     "shuffle": "permute(3,5)",
     "monarch of rank 3": "block(5,21,7,1) permute(5,21) block(7,6,15,1) bias(42) act(gelu,42)",
     "low rank, by blocks": "block(3,18,7,1) block(3,21,18,1) bias(63)",
+    "circulant": str(Tile((Convolve.circulant(60),))) + " bias(60)",
     "blast": "block(3,18,37,1) block(1,4,3,18) block(4,23,18,1) bias(92)",
 }
 ROWS = 37
@@ -42,7 +43,7 @@ def counted(plan: Plan, rows: int, size: int) -> list[Work]:
 
 
 def program_of(text: str, dtype: torch.dtype = torch.bfloat16) -> Program:
-    program = stages_of(Tile.parse(text), dtype, folds=True)
+    program = tile.analyse(Tile.parse(text), dtype)
     assert not isinstance(program, Refusal)
     return program
 
@@ -137,7 +138,9 @@ def agree(plan: Plan, launches: list[Seen], rows: int) -> None:
     for at, (w, stage) in enumerate(zip(counted(plan, rows, 2), plan.program.stages, strict=True)):
         own = [next(seen) for _ in kernels(at, stage, plan.configs[at])]
         assert len(own) == w.launches
-        assert sum(s.memory for s in own) == w.memory
+        # a transform's table of turns counts whole, though not all of it is asked for
+        spare = 0 if stage.convolution is None else 8 * stage.convolution.fft_size
+        assert 0 <= w.memory - sum(s.memory for s in own) <= spare
         assert sum(s.multiplied for s in own) == w.done
         assert w.flops <= w.done + w.plain and (w.done + w.plain or stage.kind == "shuffle")
         loaded = sum(s.loaded for s in own)
