@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from structc.codegen.triton import aot, attention_table, load
+from structc.codegen.triton import aot, attention_table, conv_basis, load
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.config import configs
 from structc.codegen.triton.emit import emit, kernels, own_config, widths
@@ -106,7 +106,7 @@ def _programs(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[E
     return found
 
 
-SOURCES = (_programs, attention_table.entries)
+SOURCES = (_programs, attention_table.entries, conv_basis.entries)
 """What gives the entries of a dtype, one for each kind of operator."""
 
 

@@ -10,6 +10,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, check_qkv
+from structc.attention.kernels import kernel_for
 from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
 from structc.records import Refusal
@@ -162,6 +163,10 @@ class ConvBasis(AbstractMethod):
 
     def apply(self, basis: Basis, v: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax of the basis times v, and its row sums."""
+        kernel = kernel_for(self.name, v, basis.columns)
+        found = None if kernel is None else kernel(basis.starts, basis.columns, v)
+        if found is not None:
+            return found[0], found[1]
         heads, n = basis.columns.shape[0], v.shape[2]
         wide = basis.columns.dtype
         values = v.flatten(0, 1).to(wide)

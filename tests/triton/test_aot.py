@@ -29,14 +29,14 @@ def defaults() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_defaults(target: str) -> None:
     mine = [row for row in defaults() if row["target"] == target]
-    every = {name for ways in WAYS.values() for name in ways} | {"norm", *KERNELS}
+    every = {name for ways in WAYS.values() for name in ways} | {"norm", "conv_basis", *KERNELS}
     assert {row["kernel"] for row in mine} == every
     limits = target_of(target)
     for row in mine:
         assert row["status"] == "ok" and row["default"], row
         assert row["spilled_bytes"] == 0 and row["shared_bytes"] <= limits.shared, row
         assert 0 < row["registers"] <= limits.registers, row
-        product = row["kernel"] in (*PRODUCTS, "split", *KERNELS)
+        product = row["kernel"] in (*PRODUCTS, "split", "conv_basis", *KERNELS)
         assert bool(row["matrix_instructions"]) == product, row
         assert row["wide_loads"] or row["kernel"] == "shuffle", row
 

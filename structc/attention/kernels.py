@@ -1,0 +1,33 @@
+"""Kernels of attention methods: found when a device's first call needs one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = {"cuda": "structc.codegen.triton.methods"}
+"""For each kind of device the module whose ``kernel_of(name)`` gives a method's kernel, or None."""
+
+
+def kernel_for(name: str, *given: Tensor) -> Callable[..., Any] | None:
+    """The kernel of a method for these tensors; None where its plain form runs.
+
+    Kernels compute no gradients: where one is wanted, the plain form runs.
+    """
+    device = given[0].device.type
+    if device not in BACKENDS or given[0].is_meta:
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return None
+    return _found(BACKENDS[device], name)
+
+
+@functools.cache
+def _found(module: str, name: str) -> Callable[..., Any] | None:
+    made: Callable[..., Any] | None = importlib.import_module(module).kernel_of(name)
+    return made

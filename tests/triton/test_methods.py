@@ -1,0 +1,97 @@
+"""Kernels of attention methods, under the interpreter against their plain forms in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from structc.attention import METHODS, ConvBasis
+from structc.attention import kernels as lookup
+from structc.attention.conv_basis import Basis
+from structc.codegen.triton import attempt, conv_basis, device, methods
+from structc.numerics import relative_error
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CPU's methods look for Triton's kernels."""
+    monkeypatch.setitem(lookup.BACKENDS, "cpu", methods.__name__)
+    monkeypatch.setattr(attempt, "_failures", [])
+    monkeypatch.setattr(conv_basis, "_tried", {})
+    lookup._found.cache_clear()
+    yield
+    lookup._found.cache_clear()
+
+
+def basis(n: int, segments: int, loud: float = 1.0) -> Basis:
+    starts = torch.tensor([[0, n // 3, n], [0, n // 2, n - 1]])[:, :segments]
+    return Basis(starts, loud * torch.randn(2, segments, n))
+
+
+def test_every_method_has_a_kernel_or_a_reason() -> None:
+    names = {m.name for m in METHODS}
+    assert set(methods.KERNELS) | set(methods.OTHERS) == names
+    assert not set(methods.KERNELS) & set(methods.OTHERS)
+    assert all(len(reason) > 20 for reason in methods.OTHERS.values())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("n", "d", "segments"), [(1, 3, 1), (37, 20, 3), (130, 16, 2)])
+def test_conv_basis(n: int, d: int, segments: int, dtype: torch.dtype, backend: Any) -> None:
+    found, method = basis(n, segments), ConvBasis(3)
+    v = torch.randn(1, 2, n, d).to(dtype)
+    o, lse = method.apply(found, v)
+    assert not attempt.failures() and o.dtype == dtype and bool(conv_basis._tried)
+    scores = method.scores(Basis(found.starts, found.columns.double()), n)
+    want = (scores.softmax(-1) @ v.double().flatten(0, 1)).unflatten(0, (1, 2))
+    assert relative_error(o, want) <= TOLERANCE[dtype]
+    assert relative_error(lse, scores.logsumexp(-1).unflatten(0, (1, 2))) <= 1e-5
+
+
+def test_faint_rows_are_exact(backend: Any) -> None:
+    """Weights far below the largest of their head, which an FFT in float32 loses."""
+    found, method = basis(60, 2, loud=40.0), ConvBasis(2)
+    v = torch.randn(1, 2, 60, 8)
+    scores = method.scores(Basis(found.starts, found.columns.double()), 60)
+    want = (scores.softmax(-1) @ v.double()[0])[None]
+    assert relative_error(method.apply(found, v)[0], want) <= 1e-5
+
+
+@pytest.mark.parametrize("config", conv_basis.CONFIGS)
+def test_every_config(config: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_basis, "CONFIGS", (config,))
+    found, method, v = basis(37, 3), ConvBasis(3), torch.randn(1, 2, 37, 5)
+    scores = method.scores(found, 37)
+    torch.testing.assert_close(
+        method.apply(found, v)[0][0], scores.softmax(-1) @ v[0], rtol=1e-4, atol=1e-5
+    )
+    assert not attempt.failures()
+
+
+def test_where_the_plain_form_runs(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, method = basis(20, 2), ConvBasis(2)
+    v = torch.randn(1, 2, 20, 4)
+    calls: list[int] = []
+    monkeypatch.setattr(
+        methods, "KERNELS", {"conv_basis": lambda *_: calls.append(1)}
+    )  # gives None
+    lookup._found.cache_clear()
+    plain = method.apply(found, v)[0]
+    assert calls == [1] and plain.shape == v.shape
+    method.apply(found, v.requires_grad_())  # a gradient is wanted
+    assert calls == [1]
+    monkeypatch.setattr(methods, "running", lambda: device.of_capability((7, 0)))
+    lookup._found.cache_clear()
+    method.apply(found, v.detach())
+    assert calls == [1]
+    assert conv_basis.apply(found.starts, found.columns.double(), v.detach().double()) is None
+    monkeypatch.setattr(conv_basis, "CHEAP", 0)  # an FFT costs nothing beside it
+    assert conv_basis.apply(found.starts, found.columns, v.detach()) is None
+
+
+def test_sources(golden) -> None:  # type: ignore[no-untyped-def]
+    golden("triton/conv-basis.txt", conv_basis.SOURCE)
