@@ -110,20 +110,20 @@ SOURCES = (_programs, attention_table.entries, conv_basis.entries)
 """What gives the entries of a dtype, one for each kind of operator."""
 
 
+def wanted(dtypes: Sequence[torch.dtype], targets: Sequence[str], *, every: bool) -> list[Entry]:
+    """All kernels; with all their configs, or the default."""
+    return [e for dtype in dtypes for make in SOURCES for e in make(dtype, targets, every)]
+
+
 def table(
-    dtypes: Sequence[torch.dtype],
-    targets: Sequence[str],
-    *,
-    every: bool,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    some: Sequence[Entry], *, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> list[dict[str, Any]]:
-    """Each kernel compiled for each target, as plain data; a failure is a row with its error."""
-    wanted = [e for dtype in dtypes for make in SOURCES for e in make(dtype, targets, every)]
+    """Each entry compiled, as plain data; a failure is a row with its error."""
     rows = []
-    for start in range(0, len(wanted), BATCH):
-        progress("triton", start, len(wanted))
-        some = wanted[start : start + BATCH]
-        for entry, made in zip(some, aot.compiled([e.job for e in some]), strict=True):
+    for start in range(0, len(some), BATCH):
+        progress("triton", start, len(some))
+        part = some[start : start + BATCH]
+        for entry, made in zip(part, aot.compiled([e.job for e in part]), strict=True):
             rows.append(
                 {
                     "case": entry.case,
@@ -136,5 +136,5 @@ def table(
                     "predicted_us": None if entry.predicted is None else 1e6 * entry.predicted,
                 }
             )
-    progress("triton", len(wanted), len(wanted))
+    progress("triton", len(some), len(some))
     return rows

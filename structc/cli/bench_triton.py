@@ -15,7 +15,7 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
     import torch
 
     from structc.codegen.triton import load
-    from structc.codegen.triton.table import table
+    from structc.codegen.triton.table import table, wanted
     from structc.codegen.triton.targets import TARGETS
     from structc.codegen.triton.tile import DTYPES
 
@@ -32,10 +32,10 @@ def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
     if told := load.untested():
         note(told)
     with progress_bars(wanted=not no_progress) as progress:
+        dtypes = [getattr(torch, n) for n in names]
         rows = table(
-            [getattr(torch, n) for n in names], list(TARGETS), every=every,
-            progress=named(progress, "kernels"),
-        )  # fmt: skip
+            wanted(dtypes, list(TARGETS), every=every), progress=named(progress, "kernels")
+        )
     text = ".".join(map(str, version))
     head = f"Triton {text}, compiled ahead of time: resources of a program. Nothing is timed;\n"
     head += "model us: what a cost model predicts, for 4096 rows where the case names no others."
