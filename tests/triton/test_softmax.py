@@ -119,7 +119,7 @@ def test_extras(name: str, dtype: torch.dtype) -> None:
     agree(*sides(dtype), *extras_of(name))
 
 
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(1, 20), st.integers(1, 36), st.booleans(), st.integers(-20, 20),
     st.integers(0, 30), st.integers(0, 12),

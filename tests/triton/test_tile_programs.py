@@ -97,7 +97,7 @@ def test_every_step(name: str, dtype: torch.dtype) -> None:
         check(PROGRAMS[name], dtype, rows)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 5), st.integers(1, 19), st.integers(1, 3),
     st.integers(1, 9), st.booleans(),
@@ -109,7 +109,7 @@ def test_random_factors(a: int, b: int, c: int, d: int, rows: int, shuffled: boo
     check(text, torch.float32, rows)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 20),
     st.integers(1, 18),
@@ -139,6 +139,7 @@ CUT = {
 """For each kind of stage a program."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WAYS)
 def test_every_config(kind: str) -> None:
     text, rows, tried = CUT[kind], (3, 40), 0
