@@ -78,8 +78,10 @@ def test_opcheck_and_gradients() -> None:
 
 
 def test_a_kernel_that_fails_is_recorded_and_the_next_one_runs(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(attempt._log, "warning", lambda text, *_: told.append(text))
     run, fails = TritonTile.__call__, [2]
 
     def broken(self: TritonTile, *args: Any) -> Tensor:
@@ -95,7 +97,7 @@ def test_a_kernel_that_fails_is_recorded_and_the_next_one_runs(
     found = attempt.failures()
     assert len(found) == 2 == len({f.way for f in found})
     assert all("out of resource" in f.reason and MONARCH in f.what for f in found)
-    assert "does not run as" in caplog.text
+    assert len(told) == 2 and "does not run as" in told[0]
     ops.tile(inputs, weights, MONARCH)
     assert len(attempt.failures()) == 2  # what failed is not tried again
 
