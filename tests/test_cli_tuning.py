@@ -150,6 +150,7 @@ def test_an_effort_in_seconds_ends() -> None:
     assert TuningDb().list() == []
 
 
+@pytest.mark.slow
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from structc.codegen import kernel_table
 

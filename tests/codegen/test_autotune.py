@@ -164,7 +164,11 @@ def with_faults(monkeypatch: pytest.MonkeyPatch, *kinds: str, alone: bool = Fals
 
 @pytest.mark.parametrize(
     "kinds",
-    [("wrong", "nan", "overrun", "crash", "exit"), ("hang",), ("late_crash", "late_hang")],
+    [
+        ("wrong", "nan", "overrun", "crash", "exit"),
+        ("hang",),
+        pytest.param(("late_crash", "late_hang"), marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_faulty_kernels_never_win(
