@@ -89,9 +89,7 @@ class AttentionKernel:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, form: Softmax, extras: Extras
     ) -> tuple[Tensor, Tensor] | None:
-        b, h, n, _ = q.shape
-        o = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
-        lse = q.new_empty(b, h, n, dtype=torch.float32)
+        o, lse = attend.empty_outputs(q, v)
         return (o, lse) if self.into(q, k, v, form, extras, o, lse) else None
 
     def into(

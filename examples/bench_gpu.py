@@ -58,7 +58,6 @@ class Row:
     passed: bool
     times: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, float] = field(default_factory=dict)
-    plan: str = ""
 
 
 # ---------------------------------------------------------------------------- tile programs

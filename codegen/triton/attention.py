@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structc import attend
 from structc.codegen.triton import load
 from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
@@ -170,9 +171,7 @@ class AttentionKernel:
         if source is None:
             return None
         q, k, v = (_side(t) for t in (q, k, v))
-        b, h, n, _ = q.shape
-        o = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
-        lse = q.new_empty(b, h, n, dtype=torch.float32)
+        o, lse = attend.empty_outputs(q, v)
         given, strides = _extras(extras)
         sink = [] if extras.sink is None else [extras.sink.contiguous()]
         done = source.run(
@@ -180,7 +179,7 @@ class AttentionKernel:
             [q, k, v, *given, *sink, o, lse],
             [*_strides(q, k, v, o), *strides],
             _lengths(q, k, form),
-            b,
+            q.shape[0],
         )
         return (o, lse) if done else None
 

@@ -26,7 +26,8 @@ from structc.codegen.triton.aot import Compiled, Job
 from structc.codegen.triton.calls import TileCall
 from structc.codegen.triton.config import Config
 from structc.codegen.triton.device import running
-from structc.codegen.triton.emit import emit, kernels, own_config
+from structc.codegen.triton.emit import emit
+from structc.codegen.triton.entry import stage_jobs
 from structc.codegen.triton.plan import VARIANTS, Plan, plans, room
 from structc.codegen.triton.serve import Tuned, bucket_of
 from structc.codegen.triton.targets import TARGETS, GpuTarget
@@ -205,16 +206,10 @@ def _compile(
 
 
 def _jobs(plan: Plan, dtype: torch.dtype, target: GpuTarget) -> list[Job]:
-    word, path, found = DTYPES[dtype], str(load.write(emit(plan.program))), []
-    for at, (stage, config) in enumerate(zip(plan.program.stages, plan.configs, strict=True)):
-        for kernel in kernels(at, stage, config):
-            own = own_config(kernel, stage, config)
-            sizes = own.constexprs(kernel.sizes)
-            found.append(
-                Job(path, kernel.name, kernel.arguments(word), sizes, word, own.warps, own.stages,
-                    target.name)
-            )  # fmt: skip
-    return found
+    word, path = DTYPES[dtype], str(load.write(emit(plan.program)))
+    stages = enumerate(zip(plan.program.stages, plan.configs, strict=True))
+    found = [stage_jobs(path, at, *both, word, target.name) for at, both in stages]
+    return [job for some in found for _, _, job in some]
 
 
 def _plan_data(plan: Plan, made: Sequence[Compiled]) -> dict[str, Any]:

@@ -94,8 +94,7 @@ def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work
     if run[0].shares:
         shares = 4 * config.split * rows * stage.out
         memory += 2 * shares
-        loads += shares + 4 * config.split * (loop.outputs // config.split) - size * loop.outputs
-        loads += size * rows * stage.out * (1 + extra) + size * stage.out * rows
+        loads += shares + (4 - size) * loop.outputs + size * rows * stage.out * (2 + extra)
     if stage.norm is not None:
         memory += size * (2 * rows * stage.out + stage.norm[0].weights * stage.out)
         loads += 2 * size * rows * stage.out

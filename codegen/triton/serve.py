@@ -163,7 +163,8 @@ def _dense_kernel(
     bare, biased = made[0], made[1]
 
     def run(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        factor = ops.derived(weights[:1], "triton dense", lambda w: _factor(w[0], transposed))
+        tag = f"triton dense {transposed}"  # one weight may be used both ways
+        factor = ops.derived(weights[:1], tag, lambda w: _factor(w[0], transposed))
         return (biased if len(weights) > 1 else bare)(x, [factor, *weights[1:]])
 
     return run

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from structc.codegen.triton import aot, attention_table, conv_basis, load
-from structc.codegen.triton.aot import Job
 from structc.codegen.triton.config import configs
-from structc.codegen.triton.emit import emit, kernels, own_config, widths
-from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.emit import emit, widths
+from structc.codegen.triton.entry import Entry, stage_jobs
 from structc.codegen.triton.plan import VARIANTS, plans, room
 from structc.codegen.triton.predict import predict
 from structc.codegen.triton.targets import TARGETS
@@ -84,12 +83,7 @@ def entries(
             for config in dict.fromkeys(some):
                 model = predict(stage, width, case.rows, config, word, target)
                 seconds = None if model is None else model.seconds
-                for kernel in kernels(at, stage, config):
-                    own = own_config(kernel, stage, config)
-                    job = Job(
-                        path, kernel.name, kernel.arguments(word), own.constexprs(kernel.sizes),
-                        word, own.warps, own.stages, name,
-                    )  # fmt: skip
+                for kernel, own, job in stage_jobs(path, at, stage, config, word, name):
                     alone = seconds if kernel.kind not in ("norm", "join") else None
                     made = Entry(case.name, kernel.kind, own, config == chosen, job, alone)
                     found.append(made)

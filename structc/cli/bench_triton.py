@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from structc.cli.session import Answer, note
 from structc.errors import ConfigError
 from structc.progress import named, progress_bars
 
-
-def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
-    """The answer: a row for each kernel and target; nothing is timed."""
+if TYPE_CHECKING:
     import torch
 
-    from structc.codegen.triton import load
-    from structc.codegen.triton.table import table, wanted
-    from structc.codegen.triton.targets import TARGETS
-    from structc.codegen.triton.tile import DTYPES
 
-    names = ("float32", "bfloat16") if dtype == "both" else (dtype,)
-    known = [str(d).removeprefix("torch.") for d in DTYPES]
-    if not set(names) <= set(known):
-        raise ConfigError(f"--dtype must be {', '.join(known)} or both, got {dtype!r}")
+def needed_triton() -> tuple[int, int]:
+    """The version of Triton, with a note where nobody tested it.
+
+    Errors: :class:`ConfigError` if there is none.
+    """
+    from structc.codegen.triton import load
+
     version = load.version()
     if version is None:
         raise ConfigError(
-            "structc bench triton compiles kernels with Triton, which is not installed",
+            "kernels for GPUs are compiled with Triton, which is not installed",
             hint="pip install triton; no GPU is needed.",
         )
     if told := load.untested():
         note(told)
+    return version
+
+
+def dtype_of(name: str, choice: str) -> torch.dtype:
+    """What ``--dtype`` names.
+
+    Errors: :class:`ConfigError` with the choice there is.
+    """
+    from structc.codegen.triton.tile import DTYPES
+
+    known = {str(d).removeprefix("torch."): d for d in DTYPES}
+    if name not in known:
+        raise ConfigError(f"--dtype must be {choice}, got {name!r}")
+    return known[name]
+
+
+def triton_table(dtype: str, *, every: bool, no_progress: bool) -> Answer:
+    """The answer: a row for each kernel and target; nothing is timed."""
+    from structc.codegen.triton.table import table, wanted
+    from structc.codegen.triton.targets import TARGETS
+
+    names = ("float32", "bfloat16") if dtype == "both" else (dtype,)
+    dtypes = [dtype_of(name, "float32, float16, bfloat16 or both") for name in names]
+    version = needed_triton()
     with progress_bars(wanted=not no_progress) as progress:
-        dtypes = [getattr(torch, n) for n in names]
         rows = table(
             wanted(dtypes, list(TARGETS), every=every), progress=named(progress, "kernels")
         )

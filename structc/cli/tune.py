@@ -14,59 +14,65 @@ from structc.cli.convert import inspected
 from structc.cli.session import Answer, command
 from structc.errors import ConfigError
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="file.py:factory, a Hugging Face folder on disk, or with --trust a .pt2 file.",
+        show_default=False,
+    ),
+]
+Peaks = Annotated[
+    bool, typer.Option("--peaks", help="Measure what this machine can do: predictions use it.")
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="GPU",
+        help="Compile the model's kernels for a GPU that is not here: cuda:80, cuda:90, "
+        "cuda:100 or hip:gfx942.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="BUNDLE",
+        help="With --target: the folder to write.",
+        show_default=False,
+    ),
+]
+Artifact = Annotated[
+    Path | None,
+    typer.Option(
+        "--artifact",
+        metavar="OUT",
+        help="With --target: MODEL as it was converted to OUT.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="With --target: as if the model were in this dtype.",
+        show_default=False,
+    ),
+]
+
 
 @command
 def tune(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="file.py:factory, a Hugging Face folder on disk, or with --trust a .pt2 file.",
-            show_default=False,
-        ),
-    ] = None,
-    peaks: Annotated[
-        bool,
-        typer.Option("--peaks", help="Measure what this machine can do: predictions use it."),
-    ] = False,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            metavar="GPU",
-            help="Compile the model's kernels for a GPU that is not here: cuda:80, cuda:90, "
-            "cuda:100 or hip:gfx942.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="BUNDLE",
-            help="With --target: the folder to write.",
-            show_default=False,
-        ),
-    ] = None,
-    artifact: Annotated[
-        Path | None,
-        typer.Option(
-            "--artifact",
-            metavar="OUT",
-            help="With --target: MODEL as it was converted to OUT.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="NAME",
-            help="With --target: as if the model were in this dtype.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
+    peaks: Peaks = False,
+    target: Target = None,
+    out: Out = None,
+    artifact: Artifact = None,
+    dtype: Dtype = None,
     effort: flags.Effort = "quick",
     ignore: flags.Ignore = None,
     calib: flags.Calib = None,

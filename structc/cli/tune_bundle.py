@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from structc.cli.session import Answer, note
+from structc.cli.bench_triton import dtype_of, needed_triton
+from structc.cli.session import Answer
 from structc.cli.timed import example_of
 from structc.errors import ConfigError
 from structc.progress import named, progress_bars
@@ -25,24 +26,15 @@ def bundle_answer(
 ) -> Answer:
     """The answer: what became of each program that the compiled model calls."""
 
-    from structc.codegen.triton import bundle, load
+    from structc.codegen.triton import bundle
     from structc.codegen.triton.calls import TileCall, recorded
     from structc.codegen.triton.targets import target_of
-    from structc.codegen.triton.tile import DTYPES
 
     gpu = target_of(target)
     if out is None:
         raise ConfigError("tune --target writes a bundle", hint="Say where: -o BUNDLE.")
-    known = {str(d).removeprefix("torch."): d for d in DTYPES}
-    if dtype is not None and dtype not in known:
-        raise ConfigError(f"--dtype must be {', '.join(known)}, got {dtype!r}")
-    if load.version() is None:
-        raise ConfigError(
-            "kernels for GPUs are compiled with Triton, which is not installed",
-            hint="pip install triton; no GPU is needed.",
-        )
-    if told := load.untested():
-        note(told)
+    own = None if dtype is None else dtype_of(dtype, "float32, float16 or bfloat16")
+    needed_triton()
     with progress_bars(wanted=not no_progress) as progress:
         fast, example = _compiled(model, artifact, text, trust=trust)
         args, kwargs = example.args, example.kwargs
@@ -53,8 +45,8 @@ def bundle_answer(
                 hint="Convert it first with a budget, then name the result: --artifact OUT. Plain "
                 "dense products are left to the vendor's library.",
             )
-        if dtype is not None:
-            calls = tuple(TileCall(c.program, known[dtype], c.rows) for c in calls)
+        if own is not None:
+            calls = tuple(TileCall(c.program, own, c.rows) for c in calls)
         found = bundle.build(calls, gpu, out, progress=named(progress, "bundle"))
     data = {"bundle": str(out), "target": gpu.name, "gpu": gpu.gpu, "programs": _rows(found)}
     return Answer(data, "\n".join(_lines(data)))

@@ -51,7 +51,7 @@ def test_a_wrong_kernel_shows(
 
 
 def test_no_speedup_beside_a_red_gate() -> None:
-    row = bench_gpu.Row("one", 0.0, True, {"structc": 2.0, "dense": 5.0}, {}, "")
+    row = bench_gpu.Row("one", 0.0, True, {"structc": 2.0, "dense": 5.0})
     assert "dense 2.50x" in bench_gpu.table([row], gate=True)
     assert "x" not in bench_gpu.table([row], gate=False).splitlines()[1]
 
