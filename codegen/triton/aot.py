@@ -41,7 +41,7 @@ class Job:
         path, function: where its source is.
         arguments: by name what they are, in order: ``"*bf16"``, ``"*i64"``, ``"i32"``,
             ``"stride"``; pointers are taken to be aligned to 16 bytes.
-        sizes: compile-time arguments; ``DOT`` is the dtype of products.
+        sizes: compile-time arguments; ``DOT`` is the dtype of products, ``dtype`` without it.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         warps, stages: of :class:`structc.codegen.triton.config.Config`.
         target: name of a :class:`structc.codegen.triton.targets.GpuTarget`.
@@ -50,7 +50,7 @@ class Job:
     path: str
     function: str
     arguments: Mapping[str, str]
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int | str]
     dtype: str
     warps: int
     stages: int
@@ -173,7 +173,8 @@ def _compile(job: Job) -> Compiled:
         MockTensor(getattr(torch, _TORCH[kind[1:]])) if kind[0] == "*" else _SCALARS[kind]
         for kind in job.arguments.values()
     ]
-    sizes = {**job.sizes, "DOT": getattr(tl, _TORCH[job.dtype])}
+    word = str(job.sizes.get("DOT", job.dtype))
+    sizes = {**job.sizes, "DOT": getattr(tl, _TORCH[word])}
     made = function.warmup(
         *given, grid=(1,), **sizes, num_warps=job.warps, num_stages=job.stages, **FUSED
     )

@@ -6,23 +6,25 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from structc.codegen.triton import conv_basis, load
+from structc.codegen.triton import conv_basis, load, polynomial, sparse_polynomial
 from structc.codegen.triton.device import running
 from structc.records import Refusal
 
-KERNELS: Mapping[str, Callable[..., Any]] = {"conv_basis": conv_basis.apply}
+KERNELS: Mapping[str, Callable[..., Any]] = {
+    "conv_basis": conv_basis.apply,
+    "polynomial": polynomial.PolynomialKernel(),
+    "toeplitz_polynomial": polynomial.PolynomialKernel(),
+    "sparse_low_rank": sparse_polynomial.apply,
+}
 """By name of the method; each takes what its plain form takes, and gives None where that is
 better."""
 OTHERS: Mapping[str, str] = {
     "uniform": "running sums of PyTorch: no product to save",
     "window_sinks": "structc::attention with a window",
     "row_column_toeplitz": "FFTs of the vendor's library, in float64 where rows are faint",
-    "polynomial": "products of PyTorch over chunks; a state of all features has no room on chip",
-    "toeplitz_polynomial": "products of PyTorch over chunks, as polynomial",
     "monarch": "structc::attention for both factors, the second with the entropies as biases",
     "tiled_monarch": "structc::attention for both factors, as monarch",
     "block_sparse": "structc::attention with a list of blocks",
-    "sparse_low_rank": "products of PyTorch: its two parts share one normaliser",
     "nystrom": "products of PyTorch with a few landmarks, and a small inverse",
 }
 """What a method without a kernel of its own runs on, on a GPU."""

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from structc.codegen.triton import aot, attention_table, conv_basis, load
+from structc.codegen.triton import (
+    aot,
+    attention_table,
+    conv_basis,
+    load,
+    polynomial,
+    sparse_polynomial,
+)
 from structc.codegen.triton.config import configs
 from structc.codegen.triton.emit import emit, widths
 from structc.codegen.triton.entry import Entry, stage_jobs
@@ -100,7 +107,8 @@ def _programs(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[E
     return found
 
 
-SOURCES = (_programs, attention_table.entries, conv_basis.entries)
+SOURCES = (_programs, attention_table.entries, conv_basis.entries, polynomial.entries,
+           sparse_polynomial.entries)  # fmt: skip
 """What gives the entries of a dtype, one for each kind of operator."""
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +42,13 @@ def monomials(dims: int, degree: int) -> tuple[tuple[tuple[int, ...], ...], tupl
             found.append(chosen)
             counts.append(math.factorial(p) / repeats)
     return tuple(found), tuple(counts)
+
+
+@lru_cache(maxsize=64)
+def ranks(dims: int, degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each monomial the degree, and the multinomial."""
+    chosen, counts = monomials(dims, degree)
+    return np.array([len(c) for c in chosen]), np.array(counts)
 
 
 def features(x: Tensor, degree: int) -> Tensor:
@@ -91,6 +99,78 @@ def _horner(a: tuple[float, ...], s: Tensor) -> Tensor:
     for coefficient in a[-2::-1]:
         found = found * s + coefficient
     return found
+
+
+def feature_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    weights: Tensor,
+    decay: Tensor | None = None,
+    kernel: Callable[..., Any] | None = None,
+) -> Tensor:
+    """Rows of :func:`feature_sums` of ``[v, 1]``, divided by their last number.
+
+    Args:
+        kernel: gives output and divisors, or None where the scan is to run; its ``backward`` gives
+            gradients.
+
+    >>> q, k, v = torch.randn(3, 1, 1, 9, 2).unbind(0)
+    >>> even = feature_attention(q, k, v, Rule((1.0,)), torch.ones(1))
+    >>> torch.allclose(even, v.mean(2, keepdim=True).expand_as(v), atol=1e-6)
+    True
+    """
+    if kernel is None:
+        return _divided(q, k, v, weights, decay, rule)
+    found: Tensor = _Kernel.apply(q, k, v, weights, decay, rule, kernel)
+    return found
+
+
+def _divided(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, decay: Tensor | None, rule: Rule
+) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
+    y = feature_sums(q.to(wide), k.to(wide), x, rule, weights, decay)
+    return (y[..., :-1] / y[..., -1:]).to(v.dtype)
+
+
+class _Kernel(torch.autograd.Function):
+    """Forward and backward by a kernel; by the scan what it does not serve."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weights: Tensor,
+        decay: Tensor | None,
+        rule: Rule,
+        kernel: Callable[..., Any],
+    ) -> Tensor:
+        done = kernel(q, k, v, rule, weights, decay)
+        o, z = done or (_divided(q, k, v, weights, decay, rule), None)
+        ctx.save_for_backward(q, k, v, weights, decay, o, z)
+        ctx.rule, ctx.kernel = rule, kernel
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, decay, o, z = ctx.saved_tensors
+        rest = (None, None, None, None)
+        if z is not None and not torch.is_grad_enabled():
+            given = ctx.kernel.backward(q, k, v, ctx.rule, weights, decay, o, z, grads[0])
+            if given is not None:
+                return (*given, *rest)
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = [t.view_as(t) if again else t.detach().requires_grad_() for t in (q, k, v)]
+            y = _divided(leaves[0], leaves[1], leaves[2], weights, decay, ctx.rule)
+        asked = [t for t in leaves if t.requires_grad]
+        found = iter(torch.autograd.grad(y, asked, grads[0], create_graph=again))
+        return (*(next(found) if t.requires_grad else None for t in leaves), *rest)
 
 
 def feature_sums(

@@ -17,14 +17,14 @@ BACKENDS = {"cuda": "structc.codegen.triton.methods"}
 def kernel_for(name: str, *given: Tensor) -> Callable[..., Any] | None:
     """The kernel of a method for these tensors; None where its plain form runs.
 
-    Kernels compute no gradients: where one is wanted, the plain form runs.
+    Where a gradient is wanted, and the kernel has no ``backward``, the plain form runs.
     """
     device = given[0].device.type
     if device not in BACKENDS:
         return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return None
-    return _found(BACKENDS[device], name)
+    kernel = _found(BACKENDS[device], name)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return kernel if hasattr(kernel, "backward") or not wanted else None
 
 
 @functools.cache

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv
-from structc.attention.feature_sums import CHUNK, Rule, feature_sums, monomials
+from structc.attention.feature_sums import (
+    CHUNK,
+    Rule,
+    feature_attention,
+    feature_sums,
+    ranks,
+)
+from structc.attention.kernels import kernel_for
 from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
 from structc.records import Refusal
@@ -151,9 +158,11 @@ class Polynomial(AbstractMethod):
         check_qkv(q, k, v)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = self._prepared(q.to(wide), k.to(wide))
-        x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
-        y = self.sums(queries, keys, x)
-        return (y[..., :-1] / y[..., -1:]).to(q.dtype), None
+        kernel = kernel_for(self.name, q)
+        if kernel is not None:
+            queries, keys = queries.to(q.dtype), keys.to(q.dtype)
+        weights = self.weights(queries)
+        return feature_attention(queries, keys, v, self.rule(), weights, kernel=kernel), None
 
     def sums(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """``f(q k^T) x`` over the keys that each query sees; the scale is in q already."""
@@ -175,13 +184,12 @@ class Polynomial(AbstractMethod):
 
     def weights(self, like: Tensor) -> Tensor:
         """``a_p multinomial`` of each feature, what is dropped at 0."""
-        chosen, counts = monomials(like.shape[-1], self.degree)
-        a = self.coefficients()
-        found = [a[len(c)] * count for c, count in zip(chosen, counts, strict=True)]
+        orders, counts = ranks(like.shape[-1], self.degree)
+        found = np.asarray(self.coefficients())[orders] * counts
         weights = torch.tensor(found, dtype=like.dtype)
         if self.dropout and torch.is_grad_enabled() and like.requires_grad:
-            high = torch.tensor([len(c) > 1 for c in chosen])
-            kept = (torch.rand(len(chosen)) >= self.dropout).to(weights) / (1 - self.dropout)
+            high = torch.tensor(orders > 1)
+            kept = (torch.rand(len(orders)) >= self.dropout).to(weights) / (1 - self.dropout)
             weights = torch.where(high, weights * kept, weights)
         return weights
 

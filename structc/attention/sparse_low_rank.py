@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv
+from structc.attention.kernels import kernel_for
 from structc.attention.polynomial import Polynomial
 from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
@@ -76,8 +77,14 @@ class SparseLowRank(AbstractMethod):
         check_qkv(q, k, v)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = q.to(wide) * self.sigma(q), k.to(wide)
-        x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
         rule, outside, n, m = self._rule(), self._outside(), q.shape[2], k.shape[2]
+        kernel = kernel_for(self.name, q, k, v)
+        if kernel is not None:
+            own, weights = queries.to(q.dtype), outside.weights(queries)
+            done = kernel(own, k, v, outside.rule(), weights, self.window, self.sinks)
+            if done is not None:
+                return torch.as_tensor(done), None
+        x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
         far = outside.sums(queries, keys, x)
         parts = []
         for first in range(0, n, CHUNK):

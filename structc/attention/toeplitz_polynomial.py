@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from structc.attention.base import AbstractMethod, check_qkv
-from structc.attention.feature_sums import feature_sums, monomials
+from structc.attention.feature_sums import feature_attention, feature_sums, monomials
+from structc.attention.kernels import kernel_for
 from structc.attention.polynomial import Polynomial
 from structc.attention.toeplitz import toeplitz_times
 from structc.errors import ConfigError
@@ -91,10 +92,22 @@ class ToeplitzPolynomial(AbstractMethod):
         self._check(q)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = q.to(wide) * self.sigma(q), k.to(wide)
-        x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
         by_lag = self.lags or self.frequencies
+        kernel = kernel_for(self.name, q, k, v)
+        if kernel is not None and self._one_state(q, k):
+            rule, weights = self._inner().rule(), self._inner().weights(queries)
+            decay = queries.new_tensor(self.slopes).expand(q.shape[1]) if self.slopes else None
+            own = queries.to(q.dtype)
+            return feature_attention(own, k, v, rule, weights, decay, kernel), None
+        x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
         y = (self._convolved if by_lag else self._scanned)(queries, keys, x)
         return (y[..., :-1] / y[..., -1:]).to(q.dtype), None
+
+    def _one_state(self, q: Tensor, k: Tensor) -> bool:
+        """Whether it is polynomial attention whose state decays, if at all."""
+        if self.lags or self.frequencies:
+            return False
+        return not self.slopes or (self.is_causal and q.shape[2] <= k.shape[2])
 
     def _inner(self) -> Polynomial:
         return Polynomial(self.degree, self.bound, self.is_causal, scale=self.scale)

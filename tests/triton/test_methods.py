@@ -16,17 +16,6 @@ from structc.numerics import relative_error
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The CPU's methods look for Triton's kernels."""
-    monkeypatch.setitem(lookup.BACKENDS, "cpu", methods.__name__)
-    monkeypatch.setattr(attempt, "_failures", [])
-    monkeypatch.setattr(conv_basis, "_tried", {})
-    lookup._found.cache_clear()
-    yield
-    lookup._found.cache_clear()
-
-
 def basis(n: int, segments: int, loud: float = 1.0) -> Basis:
     starts = torch.tensor([[0, n // 3, n], [0, n // 2, n - 1]])[:, :segments]
     return Basis(starts, loud * torch.randn(2, segments, n))

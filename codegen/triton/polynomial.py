@@ -1,0 +1,323 @@
+"""Polynomial attention and its gradient on Triton kernels, the state a chunk at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from structc.attention.feature_sums import Rule, monomials
+from structc.codegen.triton import load
+from structc.codegen.triton.aot import Job
+from structc.codegen.triton.attempt import Attempts
+from structc.codegen.triton.config import DOT, Config, power_above
+from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.polynomial_source import LENGTHS, POINTERS, SOURCE, STRIDES
+from structc.codegen.triton.tile import DTYPES, dot_dtype
+from structc.records import Refusal
+
+WIDEST = 128
+"""Numbers of a head."""
+CHUNK = 128
+"""Tokens of a chunk at least; tiles divide it."""
+CONFIGS = (
+    Config(64, 64, 64, 4, 2), Config(64, 64, 32, 4, 2), Config(64, 32, 32, 4, 2),
+    Config(32, 64, 32, 4, 2), Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 1),
+    Config(16, 32, 32, 4, 1), Config(16, 16, 16, 4, 1),
+)  # fmt: skip
+"""Queries, keys and monomials of a tile, warps, stages."""
+KERNELS = tuple(POINTERS)
+
+
+class Given(NamedTuple):
+    """What all kernels of a call share.
+
+    Attributes:
+        places: ``(degree, count)``, the feature of each factor of a monomial; d where it has none.
+        weights: of each monomial.
+        slopes: of each head, how a pair's weight falls by lag; any tensor without.
+        f: coefficients, the constant first.
+        causal, decay: what there is.
+        chunk: tokens.
+    """
+
+    places: Tensor
+    weights: Tensor
+    slopes: Tensor
+    f: Tensor
+    causal: bool
+    decay: bool
+    chunk: int
+
+
+@dataclass(frozen=True, eq=False)
+class PolynomialKernel:
+    """``(q, k, v, rule, weights, decay) -> (o, z)``, z what rows were divided by; or None."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, weights: Tensor, decay: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        if not serves(q, k, v):
+            return None
+        given = given_of(q, k, rule, weights, decay)
+        o = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+        z = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        q, k, v = (side(t) for t in (q, k, v))
+        before = states(k, v, given)
+        if before is None:
+            return None
+        tables = [given.places, given.weights, given.slopes, given.f]
+        done = _run("outputs", [q, k, v, *tables, *before, o, z], (q, k, v), given, q.dtype)
+        return (o, z) if done else None
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: Rule,
+        weights: Tensor,
+        decay: Tensor | None,
+        o: Tensor,
+        z: Tensor,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Gradients of q, k and v, or None where they are not served."""
+        given = given_of(q, k, rule, weights, decay)
+        dots = (grad.float() * o.float()).sum(-1)
+        q, k, v, grad = (side(t) for t in (q, k, v, grad.to(q.dtype)))
+        found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+        before, behind = states(k, v, given), states(q, grad, given, (z, dots))
+        if before is None or behind is None:
+            return None
+        tables = [given.places, given.weights, given.slopes, given.f]
+        inputs = [q, k, v, grad, z, dots, *tables]
+        for kernel, sums, out in (("queries", before, found[:1]), ("keys", behind, found[1:])):
+            if not _run(kernel, [*inputs, *sums, *out], (q, k, v, grad), given, q.dtype):
+                return None
+        return found[0], found[1], found[2]
+
+
+def chunk_of(count: int, length: int, causal: bool) -> int:
+    """Tokens of a chunk: about a quarter of the monomials, so that its own keys, met as scores,
+    take no longer than the state; all where none is hidden.
+
+    >>> chunk_of(2145, 4096, True), chunk_of(153, 4096, True), chunk_of(153, 4096, False)
+    (640, 128, 4096)
+    """
+    whole = -(-length // CHUNK) * CHUNK
+    return min(whole, max(CHUNK, -(-count // 4 // CHUNK) * CHUNK)) if causal else whole
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of products. In float16 sums over all keys have no room: float32 with 10 bits instead.
+
+    >>> precision_of(torch.float16), precision_of(torch.float32)
+    ('tf32', 'ieee')
+    """
+    return "tf32" if dtype == torch.float16 else "ieee"
+
+
+def product_of(dtype: torch.dtype) -> Any:
+    """The dtype that factors of products are rounded to."""
+    return dot_dtype(torch.float32 if dtype == torch.float16 else dtype)
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there are kernels for these."""
+    same = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
+    return same and max(q.shape[-1], v.shape[-1]) <= WIDEST and bool(q.numel() and k.numel())
+
+
+def given_of(q: Tensor, k: Tensor, rule: Rule, weights: Tensor, decay: Tensor | None) -> Given:
+    """Tables of a call, made once for each device."""
+    places = _places(q.shape[-1], rule.degree, q.device)
+    weights = weights.to(q.device, torch.float32).contiguous()
+    f = _coefficients(rule.a, q.device)
+    slopes = weights if decay is None else decay.to(q.device, torch.float32).contiguous()
+    chunk = chunk_of(len(weights), max(q.shape[2], k.shape[2]), rule.causal)
+    return Given(places, weights, slopes, f, rule.causal, decay is not None, chunk)
+
+
+@functools.lru_cache(maxsize=32)
+def _coefficients(a: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(a, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=32)
+def _places(d: int, degree: int, device: torch.device) -> Tensor:
+    """Of each monomial's factors the features, ``(degree, count)``; d where there is none."""
+    chosen, _ = monomials(d, degree)
+    rows = [(*c, *[d] * (degree - len(c))) for c in chosen]
+    return torch.tensor(rows, dtype=torch.int32, device=device).T.contiguous()
+
+
+def side(t: Tensor) -> Tensor:
+    """Numbers of a head side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def states(
+    x: Tensor,
+    y: Tensor,
+    given: Given,
+    back: tuple[Tensor, Tensor] | None = None,
+    *,
+    skip: int = 0,
+    kept: torch.dtype | None = None,
+) -> list[Tensor] | None:
+    """Sums of monomials of x times y before each chunk, and those times 1.
+
+    Args:
+        back: z and dots: what stands behind each chunk instead, of ``y / z`` and ``-dots / z``.
+        skip: first tokens that are left out.
+        kept: dtype of the sums; that of products without.
+    """
+    chunk = given.chunk
+    b, h, n, e = y.shape
+    count, chunks = given.places.shape[1], -(-n // chunk)
+    kept = kept or (torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+    state = torch.empty(b, h, chunks + 1, count, e, dtype=kept, device=x.device)
+    mass = torch.empty(b, h, chunks + 1, count, dtype=torch.float32, device=x.device)
+    tensors = [x, y, *(back or (mass, mass)), given.places, given.slopes, state, mass]
+    numbers = [h, n, skip, chunk, chunks, count, x.shape[3], e]
+    done = _launch(
+        "states", tensors, (x, y), numbers, x.dtype, DEGREE=len(given.places),
+        BACK=back is not None, DECAY=given.decay, WIDE=wide(e),
+    )  # fmt: skip
+    return [state, mass] if done else None
+
+
+def wide(d: int) -> int:
+    """A size as products take it."""
+    return max(DOT, power_above(d))
+
+
+def _run(
+    kernel: str, tensors: list[Tensor], inputs: Sequence[Tensor], given: Given, dtype: torch.dtype
+) -> bool:
+    q, k, v = inputs[:3]
+    side = q if kernel == "keys" else k
+    chunk = given.chunk
+    numbers = [
+        q.shape[1], q.shape[2], k.shape[2], chunk, -(-side.shape[2] // chunk),
+        given.places.shape[1], q.shape[3], v.shape[3],
+    ]  # fmt: skip
+    return _launch(
+        kernel, tensors, inputs, numbers, dtype, DEGREE=len(given.places), CAUSAL=given.causal,
+        DECAY=given.decay, WD=wide(q.shape[3]), WIDE=wide(v.shape[3]),
+    )  # fmt: skip
+
+
+def _launch(
+    kernel: str,
+    tensors: list[Tensor],
+    inputs: Sequence[Tensor],
+    numbers: list[int],
+    dtype: torch.dtype,
+    **sizes: Any,
+) -> bool:
+    """Run a kernel with the first config that it runs with; False if there is none."""
+    module = load.module_of(SOURCE)
+    if isinstance(module, Refusal):
+        return False
+    strides = [t.stride(at) for t in inputs for at in range(3)]
+    heads, rows = inputs[0].shape[0] * inputs[0].shape[1], inputs[0].shape[2]
+    if kernel == "keys":
+        rows = inputs[1].shape[2]
+
+    def call(config: Config) -> bool:
+        grid = (heads * -(-_length(kernel, rows, numbers) // _side_of(kernel, config)),)
+        getattr(module, f"polynomial_{kernel}")[grid](
+            *tensors, *strides, *numbers, **_tiles(kernel, config), **sizes, DOT=product_of(dtype),
+            PRECISION=precision_of(dtype), num_warps=config.warps, num_stages=config.stages,
+            **load.FUSED,
+        )  # fmt: skip
+        return True
+
+    with torch.cuda.device_of(tensors[0]):
+        return bool(_left(kernel, dtype, tuple(sorted(sizes.items()))).run(call))
+
+
+def _length(kernel: str, rows: int, numbers: list[int]) -> int:
+    """What programs of a head share: tokens, or monomials."""
+    return numbers[LENGTHS["states"].index("count")] if kernel == "states" else rows
+
+
+def _side_of(kernel: str, config: Config) -> int:
+    return {"states": config.bk, "keys": config.bn}.get(kernel, config.bm)
+
+
+def _tiles(kernel: str, config: Config) -> dict[str, int]:
+    """Compile-time sizes of a tile."""
+    return config.constexprs(("BN", "BK") if kernel == "states" else ("BM", "BN", "BK"))
+
+
+_tried: dict[tuple[Any, ...], Attempts[Config]] = {}
+
+
+def _left(kernel: str, dtype: torch.dtype, sizes: tuple[Any, ...]) -> Attempts[Config]:
+    key = (kernel, dtype, sizes)
+    if key not in _tried:
+        _tried[key] = Attempts(f"polynomial_{kernel} in {dtype}, {dict(sizes)}", list(CONFIGS))
+    return _tried[key]
+
+
+CASES = {
+    "polynomial 2, causal, heads of 64": {
+        "DEGREE": 2,
+        "WD": 64,
+        "WIDE": 64,
+        "CAUSAL": True,
+        "BACK": False,
+    },
+    "polynomial 2 of 16, values of 64": {
+        "DEGREE": 2,
+        "WD": 16,
+        "WIDE": 64,
+        "CAUSAL": False,
+        "BACK": True,
+    },
+}
+"""What ``structc bench triton`` compiles."""
+_KINDS = {
+    "places": "*i32",
+    **dict.fromkeys(("z", "dots", "weights", "slopes", "f", "mass"), "*fp32"),
+}
+
+
+def words(dtype: torch.dtype) -> dict[str, str]:
+    """How products are made, for a job."""
+    dot = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return {"DOT": dot, "PRECISION": precision_of(dtype)}
+
+
+def arguments(kernel: str, word: str) -> dict[str, str]:
+    """What a call passes, as Triton spells types."""
+    kinds = {**_KINDS, "state": "*bf16" if word == "bf16" else "*fp32"}
+    found = {name: kinds.get(name, f"*{word}") for name in POINTERS[kernel]}
+    found |= {f"{t}{s}": "stride" for t in STRIDES[kernel] for s in "bhn"}
+    return found | {n: "stride" if n in "de" else "i32" for n in LENGTHS[kernel]}
+
+
+def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Entry]:
+    """The kernels for each target, for ``structc bench triton``."""
+    word, path, found = DTYPES[dtype], str(load.write(SOURCE)), []
+    for name, case in CASES.items():
+        for kernel in KERNELS:
+            left_out = ("CAUSAL", "WD") if kernel == "states" else ("BACK",)
+            sizes: dict[str, Any] = {k: v for k, v in case.items() if k not in left_out}
+            sizes |= {"DECAY": False, **words(dtype)}
+            for target in targets:
+                for at, config in enumerate(CONFIGS if every else CONFIGS[:1]):
+                    job = Job(
+                        path, f"polynomial_{kernel}", arguments(kernel, word),
+                        sizes | _tiles(kernel, config),
+                        word, config.warps, config.stages, target,
+                    )  # fmt: skip
+                    found.append(Entry(name, f"polynomial_{kernel}", config, at == 0, job, None))
+    return found
