@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from structc.codegen.triton import conv_basis, load, polynomial, sparse_polynomial
+from structc.codegen.triton import conv_basis, load, monarch, polynomial, sparse_polynomial
 from structc.codegen.triton.device import running
 from structc.records import Refusal
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     "conv_basis": conv_basis.apply,
+    "monarch": monarch.apply,
+    "tiled_monarch": monarch.apply,
     "polynomial": polynomial.PolynomialKernel(),
     "toeplitz_polynomial": polynomial.PolynomialKernel(),
     "sparse_low_rank": sparse_polynomial.apply,
@@ -22,8 +24,6 @@ OTHERS: Mapping[str, str] = {
     "uniform": "running sums of PyTorch: no product to save",
     "window_sinks": "structc::attention with a window",
     "row_column_toeplitz": "FFTs of the vendor's library, in float64 where rows are faint",
-    "monarch": "structc::attention for both factors, the second with the entropies as biases",
-    "tiled_monarch": "structc::attention for both factors, as monarch",
     "block_sparse": "structc::attention with a list of blocks",
     "nystrom": "products of PyTorch with a few landmarks, and a small inverse",
 }

@@ -13,6 +13,7 @@ from structc.codegen.triton import (
     attention_table,
     conv_basis,
     load,
+    monarch,
     polynomial,
     sparse_polynomial,
 )
@@ -107,8 +108,8 @@ def _programs(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[E
     return found
 
 
-SOURCES = (_programs, attention_table.entries, conv_basis.entries, polynomial.entries,
-           sparse_polynomial.entries)  # fmt: skip
+SOURCES = (_programs, attention_table.entries, conv_basis.entries, monarch.entries,
+           polynomial.entries, sparse_polynomial.entries)  # fmt: skip
 """What gives the entries of a dtype, one for each kind of operator."""
 
 

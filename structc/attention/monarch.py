@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structc.attention.base import AbstractMethod, causal_mask, check_qkv, exact, merge
+from structc.attention.kernels import kernel_for
 from structc.attention.stats import HeadStats
 from structc.errors import ConfigError
 from structc.records import Refusal
@@ -169,6 +170,10 @@ def alternate(parts: Parts, num_steps: int, sigma: float) -> tuple[Tensor, Tenso
     R's mean keys as keys and R's entropies as biases.
     """
     queries, keys, values, left, shown, real = parts
+    kernel = kernel_for(Monarch.name, queries, keys, values)
+    done = None if kernel is None else kernel(parts, num_steps, sigma)
+    if done is not None:
+        return done[0], done[1]
     for step in range(num_steps):
         last = step + 1 == num_steps
         carried = torch.cat([keys, values], -1) if last else keys

@@ -13,11 +13,18 @@ pytest.importorskip("triton", reason="triton is not installed")
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU's methods look for Triton's kernels."""
     from structc.attention import kernels as lookup
-    from structc.codegen.triton import attempt, conv_basis, methods, polynomial, sparse_polynomial
+    from structc.codegen.triton import (
+        attempt,
+        conv_basis,
+        methods,
+        monarch,
+        polynomial,
+        sparse_polynomial,
+    )
 
     monkeypatch.setitem(lookup.BACKENDS, "cpu", methods.__name__)
     monkeypatch.setattr(attempt, "_failures", [])
-    for module in (conv_basis, polynomial, sparse_polynomial):
+    for module in (conv_basis, monarch, polynomial, sparse_polynomial):
         monkeypatch.setattr(module, "_tried", {})
     lookup._found.cache_clear()
     yield

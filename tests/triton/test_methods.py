@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from unwritten import nothing_written
 
-from structc.attention import METHODS, ConvBasis
+from structc.attention import METHODS, ConvBasis, Monarch, TiledMonarch
 from structc.attention import kernels as lookup
 from structc.attention.conv_basis import Basis
-from structc.codegen.triton import attempt, conv_basis, device, methods
+from structc.attention.monarch import Parts, alternate
+from structc.codegen.triton import attempt, conv_basis, device, methods, monarch
 from structc.numerics import relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -84,3 +86,73 @@ def test_where_the_plain_form_runs(backend: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_sources(golden) -> None:  # type: ignore[no-untyped-def]
     golden("triton/conv-basis.txt", conv_basis.SOURCE)
+    golden("triton/monarch.txt", monarch.SOURCE)
+
+
+MONARCHS = [
+    (Monarch(5, 2), (37, 37, 6, 7)),
+    (Monarch(4, 1), (30, 21, 16, 20)),
+    (Monarch(8, 3), (64, 70, 5, 16)),
+    (Monarch(6, 2, extra=1), (37, 37, 6, 7)),
+    (TiledMonarch((6, 6), (2, 3), 2), (36, 36, 6, 7)),
+]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("method", "sizes"), MONARCHS)
+def test_monarch(
+    method: Any,
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    backend: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n, m, d, e = sizes
+    q, k, v = (
+        torch.randn(1, t, 2, w).transpose(1, 2).to(dtype) for t, w in ((n, d), (m, d), (m, e))
+    )
+    with monkeypatch.context() as patch:
+        nothing_written(patch)
+        o, lse = method.attend(q, k, v)
+    assert not attempt.failures() and bool(monarch._tried) and o.dtype == dtype
+    monkeypatch.delitem(lookup.BACKENDS, "cpu")
+    want, sums = method.attend(q.double(), k.double(), v.double())
+    assert relative_error(o, want) <= 3 * TOLERANCE[dtype]
+    assert relative_error(lse, sums) <= TOLERANCE[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", monarch.CONFIGS)
+def test_every_config_of_monarch(
+    config: Any, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monarch, "CONFIGS", (config,))
+    q, k, v = torch.randn(3, 1, 2, 150, 5).unbind(0)
+    found = Monarch(12, 2)(q, k, v)
+    assert not attempt.failures()
+    monkeypatch.delitem(lookup.BACKENDS, "cpu")
+    torch.testing.assert_close(found, Monarch(12, 2)(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_nobody_sees(backend: Any) -> None:
+    """A block of hidden keys alone weighs nothing, as with the plain form."""
+    q, k, v = torch.randn(3, 2, 4, 3, 5).unbind(0)
+    shown = torch.ones(1, 4, 1, 3, dtype=torch.bool)
+    shown[:, 2] = False
+    left = torch.randn(2, 4, 4, 5)
+    parts = Parts(q, k, v, left, shown)
+    o, lse = alternate(parts, 1, 0.4)
+    kept = [0, 1, 3]
+    without = Parts(q, k[:, kept], v[:, kept], left[:, kept])
+    want, sums = alternate(without, 1, 0.4)
+    torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, sums, rtol=1e-4, atol=1e-5)
+
+
+def test_monarch_where_the_plain_form_runs(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monarch, "MOST", 2)
+    q, k, v = torch.randn(3, 1, 1, 30, 4).unbind(0)
+    Monarch(5, 2)(q, k, v)
+    assert not monarch._tried
+    Monarch(5, 1)(q, k, v)  # queries are averaged nowhere
+    assert bool(monarch._tried)
