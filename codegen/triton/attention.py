@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
 from structc.codegen.triton.device import running
 from structc.codegen.triton.softmax import LENGTHS, Shape, emit
+from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.targets import TARGETS, GpuTarget
 from structc.codegen.triton.tile import DTYPES, dot_dtype
 from structc.records import Refusal
@@ -29,13 +29,15 @@ FORWARD = (
     Config(128, 128, 1, 8, 3), Config(128, 64, 1, 8, 3), Config(128, 64, 1, 4, 3),
     Config(128, 64, 1, 8, 2), Config(64, 64, 1, 4, 3), Config(64, 64, 1, 4, 2),
     Config(64, 32, 1, 4, 2), Config(32, 64, 1, 4, 2), Config(32, 32, 1, 4, 2),
-    Config(16, 64, 1, 4, 2), Config(16, 32, 1, 2, 1), Config(16, 16, 1, 4, 1),
+    Config(32, 32, 1, 4, 1), Config(16, 64, 1, 4, 2), Config(16, 32, 1, 4, 1),
+    Config(16, 32, 1, 2, 1), Config(16, 16, 1, 4, 1),
 )  # fmt: skip
 """Queries and keys of a tile, warps, stages; the largest first."""
 BACKWARD = (
     Config(64, 128, 1, 8, 2), Config(128, 64, 1, 8, 2), Config(64, 64, 1, 8, 2),
     Config(64, 64, 1, 4, 2), Config(32, 64, 1, 4, 2), Config(64, 32, 1, 4, 2),
-    Config(64, 32, 1, 8, 2), Config(32, 32, 1, 4, 2), Config(32, 32, 1, 4, 1),
+    Config(64, 32, 1, 8, 2), Config(32, 32, 1, 4, 2), Config(32, 32, 1, 8, 1),
+    Config(32, 32, 1, 4, 1),
     Config(32, 16, 1, 4, 1), Config(16, 32, 1, 4, 1), Config(16, 16, 1, 4, 1),
 )  # fmt: skip
 KERNELS: Mapping[str, tuple[Config, ...]] = {
@@ -44,47 +46,35 @@ KERNELS: Mapping[str, tuple[Config, ...]] = {
     "keys": BACKWARD,
 }
 """The kernels of a source, and what each may be compiled with."""
-FIRST = (
-    ("cuda", "forward", 128, True, Config(128, 64, 1, 8, 3)),
-    ("cuda", "queries", 128, True, Config(64, 64, 1, 8, 2)),
-    ("cuda", "keys", 64, True, Config(64, 32, 1, 8, 2)),
-    ("cuda", "keys", 128, True, Config(32, 64, 1, 8, 2)),
-    ("hip", "forward", 128, False, Config(32, 32, 1, 4, 1)),
-    ("hip", "forward", 128, True, Config(16, 32, 1, 4, 1)),
-    ("hip", "queries", 128, True, Config(32, 32, 1, 8, 1)),
-    ("hip", "keys", 128, True, Config(32, 32, 1, 8, 1)),
-)
-"""What is taken first, the first line that fits: backend, kernel, largest head, whether a window
-may be there, config. Chosen from compiled code: the largest tiles of two-byte numbers without a
-spill, scalar registers of gfx942 among them, which hold its masks."""
 _log = logging.getLogger("structc")
 
 
 def configs(
-    kernel: str, shape: Shape, target: GpuTarget, size: int, queries: int, keys: int
+    kernel: str, shape: Shape, target: GpuTarget, dtype: torch.dtype, queries: int, keys: int
 ) -> list[Config]:
-    """What may be tried: :data:`FIRST`, then the largest tiles that have room and are not mostly
-    empty.
+    """What may be tried, the largest tiles first that have room and are not mostly empty; those
+    that are known to spill stand last.
 
     >>> from structc.codegen.triton.targets import target_of
     >>> shape = Shape(Softmax(0.125, causal=True), 64, 64)
-    >>> str(configs("forward", shape, target_of("cuda:90"), 2, 4096, 4096)[0])
-    '128x64x1, 8 warps, 3 stages'
+    >>> str(configs("forward", shape, target_of("cuda:90"), torch.bfloat16, 4096, 4096)[0])
+    '128x128x1, 8 warps, 3 stages'
     """
     most = (max(DOT, power_above(queries)), max(DOT, power_above(keys)))
-    named = (
-        replace(config, bm=min(config.bm, most[0]), bn=min(config.bn, most[1]))
-        for backend, name, widest, window, config in FIRST
-        if (backend, name) == (target.backend, kernel)
-        and max(shape.wide) <= widest
-        and (window or not shape.form.window)
-    )
     able = [
         c
-        for c in (*itertools.islice(named, 1), *KERNELS[kernel])
-        if c.bm <= most[0] and c.bn <= most[1] and _fits(kernel, shape, c, target, size)
+        for c in KERNELS[kernel]
+        if c.bm <= most[0] and c.bn <= most[1] and _fits(kernel, shape, c, target, dtype.itemsize)
     ]
-    return list(dict.fromkeys(able)) or [KERNELS[kernel][-1]]
+    name, width = key_of(kernel, shape).rsplit(" ", 1)
+    found = usable(name, int(width), able, DTYPES[dtype], target.name)
+    return found or [KERNELS[kernel][-1]]
+
+
+def key_of(kernel: str, shape: Shape) -> str:
+    """What :mod:`structc.codegen.triton.spilled` knows a kernel by: masks take registers."""
+    more = (shape.form.window, shape.bias, shape.lags, shape.shown, shape.blocks)
+    return f"attention_{kernel}{'_masked' if any(more) else ''} {max(shape.wide)}"
 
 
 def _fits(kernel: str, shape: Shape, config: Config, target: GpuTarget, size: int) -> bool:
@@ -111,7 +101,7 @@ class Source:
         shape: of the form.
         module: the source, imported.
         dot: dtype of products.
-        size: bytes of an element.
+        dtype: of q, k and v.
         target: the GPU.
         left: configs by kernel and lengths in powers of two.
     """
@@ -119,7 +109,7 @@ class Source:
     shape: Shape
     module: Any
     dot: Any
-    size: int
+    dtype: torch.dtype
     target: GpuTarget
     left: dict[tuple[str, int, int], Attempts[Config]] = field(default_factory=dict)
 
@@ -152,7 +142,7 @@ class Source:
     def _attempts(self, kernel: str, queries: int, keys: int) -> Attempts[Config]:
         key = (kernel, power_above(queries), power_above(keys))
         if key not in self.left:
-            some = configs(kernel, self.shape, self.target, self.size, queries, keys)
+            some = configs(kernel, self.shape, self.target, self.dtype, queries, keys)
             self.left[key] = Attempts(f"attention_{kernel} of {self.shape.form}", some)
         return self.left[key]
 
@@ -248,7 +238,7 @@ def source_of(shape: Shape, dtype: torch.dtype, target: str) -> Source:
     """The functions of a shape, imported once."""
     module = load.module_of(emit(shape))
     assert not isinstance(module, Refusal)
-    return Source(shape, module, dot_dtype(dtype), dtype.itemsize, TARGETS[target])
+    return Source(shape, module, dot_dtype(dtype), dtype, TARGETS[target])
 
 
 def _side(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from structc.codegen.triton import load
 from structc.codegen.triton.aot import Job
-from structc.codegen.triton.attention import KERNELS, configs
+from structc.codegen.triton.attention import KERNELS, configs, key_of
 from structc.codegen.triton.config import Config
 from structc.codegen.triton.entry import Entry
 from structc.codegen.triton.predict import CACHED, LAUNCH, SEEN
@@ -82,7 +82,7 @@ def work(
 def seconds(found: AttentionWork, target: GpuTarget, dtype: str) -> float:
     """The model's time, as in :mod:`structc.codegen.triton.predict`."""
     parts = [
-        found.flops / target.flops[dtype],
+        found.flops / target.products(dtype),
         found.memory / target.bandwidth,
         found.loads / (CACHED * target.bandwidth),
     ]
@@ -103,7 +103,7 @@ def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Ent
         path = str(load.write(emit(shape)))
         for target in (TARGETS[t] for t in targets):
             for kernel in KERNELS:
-                some = configs(kernel, shape, target, size, LENGTH, LENGTH)
+                some = configs(kernel, shape, target, dtype, LENGTH, LENGTH)
                 for at, config in enumerate(some if every else some[:1]):
                     job = Job(
                         path, f"attention_{kernel}", arguments(kernel, shape, word),
@@ -112,5 +112,7 @@ def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Ent
                     )  # fmt: skip
                     done = work(kernel, shape, config, LENGTH, LENGTH, HEADS * BATCH, size)
                     time = seconds(done, target, word)
-                    found.append(Entry(name, kernel, config, at == 0, job, time))
+                    found.append(
+                        Entry(name, key_of(kernel, shape), kernel, config, at == 0, job, time)
+                    )
     return found

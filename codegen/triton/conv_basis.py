@@ -18,7 +18,9 @@ from structc.codegen.triton import load
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
+from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.tile import DTYPES, dot_dtype
 from structc.records import Refusal
 
@@ -66,7 +68,7 @@ def conv_basis(starts, columns, v, o, lse, segments, n, d,
         total = total * less + tl.sum(p, 1)
         at = (head * n + j)[:, None] * d + e[None, :]
         value = tl.load(v + at, mask=(j < n)[:, None] & (e < d)[None, :], other=0.0)
-        sums = sums * less[:, None] + tl.dot(p.to(DOT), value.to(DOT), input_precision="ieee")
+        sums = sums * less[:, None] + tl.dot(p.to(DOT), value.to(DOT), input_precision="bf16x6")
         top = above
     some = tl.where(total == 0.0, 1.0, total)
     at = (head * n + m)[:, None] * d + e[None, :]
@@ -93,13 +95,13 @@ def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Ent
     arguments |= {"segments": "i32", "n": "i32", "d": "stride"}
     return [
         Entry(
-            "conv basis, values of 64", "conv_basis", config, at == 0,
+            "conv basis, values of 64", "conv_basis 64", "conv_basis", config, at == 0,
             Job(path, "conv_basis", arguments, {"BM": config.bm, "BN": config.bn, "WIDE": 64},
                 word, config.warps, config.stages, target),
             None,
         )
         for target in targets
-        for at, config in enumerate(CONFIGS if every else CONFIGS[:1])
+        for at, config in enumerate(some(64, dtype, target)[: None if every else 1])
     ]  # fmt: skip
 
 
@@ -141,5 +143,10 @@ _tried: dict[tuple[torch.dtype, int], Attempts[Config]] = {}
 def _left(dtype: torch.dtype, wide: int) -> Attempts[Config]:
     key = (dtype, wide)
     if key not in _tried:
-        _tried[key] = Attempts(f"conv_basis in {dtype}, values of {wide}", list(CONFIGS))
+        _tried[key] = Attempts(f"conv_basis in {dtype}, values of {wide}", some(wide, dtype))
     return _tried[key]
+
+
+def some(wide: int, dtype: torch.dtype, target: str = "") -> list[Config]:
+    """What is tried, on this process's GPU without a target."""
+    return usable("conv_basis", wide, CONFIGS, DTYPES[dtype], target or name_here())

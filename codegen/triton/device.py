@@ -29,6 +29,12 @@ def running() -> GpuTarget | Refusal:
     return of_capability(torch.cuda.get_device_capability())
 
 
+def name_here() -> str:
+    """The name of that target, for a process that has one."""
+    target = running()
+    return ASSUMED if isinstance(target, Refusal) else target.name
+
+
 def of_capability(found: tuple[int, int]) -> GpuTarget | Refusal:
     """The target of an NVIDIA GPU by its compute capability.
 

@@ -38,6 +38,7 @@ class Entry:
 
     Attributes:
         case: the program, for people.
+        key: what :mod:`structc.codegen.triton.spilled` knows it by.
         kind: of the kernel: ``"panel"``, ``"norm"``, ...
         config: how it is cut up.
         chosen: whether that is the default.
@@ -47,6 +48,7 @@ class Entry:
     """
 
     case: str
+    key: str
     kind: str
     config: Config
     chosen: bool

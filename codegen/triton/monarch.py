@@ -19,7 +19,9 @@ from structc.codegen.triton import load
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
+from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.tile import DTYPES, dot_dtype
 from structc.records import Refusal
 
@@ -51,7 +53,7 @@ import triton.language as tl
 @triton.jit
 def times(a, b, DOT: tl.constexpr):
     """a product of matrices"""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee")
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision="bf16x6")
 
 
 @triton.jit
@@ -260,7 +262,9 @@ def _launch(
 
     key = (kernel, like.dtype, *sorted(sizes.items()))
     if key not in _tried:
-        _tried[key] = Attempts(f"monarch_{kernel} in {like.dtype}, {sizes}", list(CONFIGS))
+        width = max(v for k, v in sizes.items() if k in ("WD", "WIDE"))
+        some = usable(f"monarch_{kernel}", width, CONFIGS, DTYPES[like.dtype], name_here())
+        _tried[key] = Attempts(f"monarch_{kernel} in {like.dtype}, {sizes}", some)
     with torch.cuda.device_of(like):
         return bool(_tried[key].run(call))
 
@@ -288,12 +292,15 @@ def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Ent
     }
     return [
         Entry(
-            "Monarch attention 64x64, heads of 64", f"monarch_{kernel}", config, at == 0,
+            "Monarch attention 64x64, heads of 64", f"monarch_{kernel} 64", f"monarch_{kernel}",
+            config, at == 0,
             Job(path, f"monarch_{kernel}", arguments(kernel, word),
                 config.constexprs(("BM", "BN")) | own, word, config.warps, config.stages, target),
             None,
         )
         for kernel, own in sizes.items()
         for target in targets
-        for at, config in enumerate(CONFIGS if every else CONFIGS[:1])
+        for at, config in enumerate(
+            usable(f"monarch_{kernel}", 64, CONFIGS, word, target)[: None if every else 1]
+        )
     ]  # fmt: skip

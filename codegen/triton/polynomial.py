@@ -15,8 +15,11 @@ from structc.codegen.triton import load
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
+from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.pieces import SINGLE
 from structc.codegen.triton.polynomial_source import LENGTHS, POINTERS, SOURCE, STRIDES
+from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.tile import DTYPES, dot_dtype
 from structc.records import Refusal
 
@@ -117,9 +120,9 @@ def precision_of(dtype: torch.dtype) -> str:
     """Of products. In float16 sums over all keys have no room: float32 with 10 bits instead.
 
     >>> precision_of(torch.float16), precision_of(torch.float32)
-    ('tf32', 'ieee')
+    ('tf32', 'bf16x6')
     """
-    return "tf32" if dtype == torch.float16 else "ieee"
+    return "tf32" if dtype == torch.float16 else SINGLE
 
 
 def product_of(dtype: torch.dtype) -> Any:
@@ -263,7 +266,9 @@ _tried: dict[tuple[Any, ...], Attempts[Config]] = {}
 def _left(kernel: str, dtype: torch.dtype, sizes: tuple[Any, ...]) -> Attempts[Config]:
     key = (kernel, dtype, sizes)
     if key not in _tried:
-        _tried[key] = Attempts(f"polynomial_{kernel} in {dtype}, {dict(sizes)}", list(CONFIGS))
+        width = max(v for k, v in sizes if k in ("WD", "WIDE"))
+        some = usable(f"polynomial_{kernel}", width, CONFIGS, DTYPES[dtype], name_here())
+        _tried[key] = Attempts(f"polynomial_{kernel} in {dtype}, {dict(sizes)}", some)
     return _tried[key]
 
 
@@ -313,11 +318,13 @@ def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Ent
             sizes: dict[str, Any] = {k: v for k, v in case.items() if k not in left_out}
             sizes |= {"DECAY": False, **words(dtype)}
             for target in targets:
-                for at, config in enumerate(CONFIGS if every else CONFIGS[:1]):
+                some = usable(f"polynomial_{kernel}", 64, CONFIGS, word, target)
+                for at, config in enumerate(some[: None if every else 1]):
                     job = Job(
                         path, f"polynomial_{kernel}", arguments(kernel, word),
                         sizes | _tiles(kernel, config),
                         word, config.warps, config.stages, target,
                     )  # fmt: skip
-                    found.append(Entry(name, f"polynomial_{kernel}", config, at == 0, job, None))
+                    key = f"polynomial_{kernel}"
+                    found.append(Entry(name, f"{key} 64", key, config, at == 0, job, None))
     return found

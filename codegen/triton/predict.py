@@ -22,6 +22,7 @@ from structc.codegen.triton.config import PRODUCTS, Config, configs
 from structc.codegen.triton.emit import kernels
 from structc.codegen.triton.fft import factors_of, step_of
 from structc.codegen.triton.pair import middle_of
+from structc.codegen.triton.spilled import spills
 from structc.codegen.triton.targets import GpuTarget
 from structc.forms import Block
 
@@ -271,7 +272,7 @@ def predict(
     full = -(-done.programs // target.units) * target.units
     share = done.programs / full if done.programs else 1.0
     waves = -(-done.programs // (target.units * held))
-    products = done.done / target.flops[dtype] + done.plain / target.flops["fp32"]
+    products = done.done / target.products(dtype) + done.plain / target.flops["fp32"]
     parts = {
         "products": products / share,
         "memory": done.memory / target.bandwidth,
@@ -315,10 +316,21 @@ def _room(
     return max(buffers * blocks * (config.bm + rank) * config.bk * size, second), sums
 
 
+def key_of(stage: Stage) -> str:
+    """What :mod:`structc.codegen.triton.spilled` knows a stage by."""
+    found = factors_of(step_of(stage)) if stage.kind == "convolve" else None
+    return stage.kind if found is None else f"{stage.kind} {found.size}"
+
+
 def ranked(
     stage: Stage, width: int, rows: int, dtype: str, target: GpuTarget
 ) -> list[tuple[Config, Prediction]]:
-    """Configs that the target has room for, the one that is predicted fastest first."""
-    found = [(c, predict(stage, width, rows, c, dtype, target)) for c in configs(stage, rows)]
+    """Configs that the target has room for, the one that is predicted fastest first.
+
+    Those that are known to spill are left out.
+    """
+    key = key_of(stage)
+    some = [c for c in configs(stage, rows) if not spills(key, c, dtype, target.name)]
+    found = [(c, predict(stage, width, rows, c, dtype, target)) for c in some]
     able = [(c, p) for c, p in found if p is not None]
     return sorted(able, key=lambda pair: pair[1].seconds)

@@ -19,8 +19,10 @@ from structc.codegen.triton import load, polynomial
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import Config
+from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
 from structc.codegen.triton.polynomial_source import SOURCE as STATES
+from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.tile import DTYPES
 from structc.records import Refusal
 
@@ -155,7 +157,9 @@ def apply(
 
     key = (q.dtype, *sizes.values())
     if key not in _tried:
-        _tried[key] = Attempts(f"sparse_polynomial in {q.dtype}, {sizes}", list(CONFIGS))
+        width = max(sizes["WD"], sizes["WIDE"])
+        some = usable("sparse_polynomial", width, CONFIGS, DTYPES[q.dtype], name_here())
+        _tried[key] = Attempts(f"sparse_polynomial in {q.dtype}, {sizes}", some)
     with torch.cuda.device_of(q):
         return o if _tried[key].run(call) else None
 
@@ -174,12 +178,15 @@ def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Ent
     sizes |= polynomial.words(dtype)
     return [
         Entry(
-            "window + polynomial 2, heads of 64", "sparse_polynomial", config, at == 0,
+            "window + polynomial 2, heads of 64", "sparse_polynomial 64", "sparse_polynomial",
+            config, at == 0,
             Job(path, "sparse_polynomial", arguments,
                 sizes | config.constexprs(("BM", "BN", "BK")), word, config.warps, config.stages,
                 target),
             None,
         )
         for target in targets
-        for at, config in enumerate(CONFIGS if every else CONFIGS[:1])
+        for at, config in enumerate(
+            usable("sparse_polynomial", 64, CONFIGS, word, target)[: None if every else 1]
+        )
     ]  # fmt: skip

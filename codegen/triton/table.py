@@ -21,7 +21,7 @@ from structc.codegen.triton.config import configs
 from structc.codegen.triton.emit import emit, widths
 from structc.codegen.triton.entry import Entry, stage_jobs
 from structc.codegen.triton.plan import VARIANTS, plans, room
-from structc.codegen.triton.predict import predict
+from structc.codegen.triton.predict import key_of, predict
 from structc.codegen.triton.targets import TARGETS
 from structc.codegen.triton.tile import DTYPES, analyse
 from structc.forms import Convolve, Tile
@@ -93,7 +93,9 @@ def entries(
                 seconds = None if model is None else model.seconds
                 for kernel, own, job in stage_jobs(path, at, stage, config, word, name):
                     alone = seconds if kernel.kind not in ("norm", "join") else None
-                    made = Entry(case.name, kernel.kind, own, config == chosen, job, alone)
+                    made = Entry(
+                        case.name, key_of(stage), kernel.kind, own, config == chosen, job, alone
+                    )
                     found.append(made)
     keys = [(e.job.function, e.config, e.job.target) for e in found]
     return [e for at, e in enumerate(found) if keys[at] not in keys[:at]]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from structc.errors import ConfigError
 
 TERA = 1e12
+SIXFOLD = 6
+"""Products of bfloat16 that make one of float32 (Triton's ``bf16x6``)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class GpuTarget:
     flops: Mapping[str, float]
     bandwidth: float
     source: str
+
+    def products(self, dtype: str) -> float:
+        """The peak of our products: those of float32 are six of bfloat16."""
+        return self.flops["bf16"] / SIXFOLD if dtype == "fp32" else self.flops[dtype]
 
 
 def _peaks(half: float, tf32: float, fp32: float) -> dict[str, float]:

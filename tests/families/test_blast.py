@@ -31,7 +31,11 @@ def test_is_the_sum_that_its_docstring_writes() -> None:
 
 @pytest.mark.parametrize(
     "blocks, rank, published, low_rank",
-    [(4, 28, 0.554, 0.644), (8, 20, 0.598, 0.687), (16, 12, 0.615, 0.699)],
+    [
+        (4, 28, 0.554, 0.644),
+        pytest.param(8, 20, 0.598, 0.687, marks=pytest.mark.slow),
+        pytest.param(16, 12, 0.615, 0.699, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "identity"])
 def test_noise_is_fitted_as_well_as_published(blocks, rank, published, low_rank, weighted) -> None:
@@ -66,6 +70,7 @@ def test_sweeps_never_raise_the_error(weighted, joint, monkeypatch: pytest.Monke
     assert errors[-1] < 0.93 * errors[0]
 
 
+@pytest.mark.slow
 def test_many_sweeps_end_where_no_factor_can_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = gaussian(16, 12), correlated(16, 1.0)
     monkeypatch.setattr("structc.families.solves.PROGRESS", -1.0)
@@ -91,6 +96,7 @@ def test_dependent_inputs_and_too_much_rank_are_harmless() -> None:
     assert relative_error(x @ module.to_dense().T, x @ weight.T) < 1e-6
 
 
+@pytest.mark.slow
 def test_null_of_a_larger_weight_is_what_noise_gives() -> None:
     weight, hyper = gaussian(384, 384), {"blocks": 8, "rank": 88}
     assert Blast.null(384, 384, hyper) == pytest.approx(

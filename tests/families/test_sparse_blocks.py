@@ -88,6 +88,7 @@ def test_pixelfly_only_improves_on_low_rank(weighted, monkeypatch: pytest.Monkey
     assert errors[-1] < 0.9 * errors[0]
 
 
+@pytest.mark.slow
 def test_pixelfly_settles_where_no_factor_can_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = problem(24, 16)
     monkeypatch.setattr("structc.families.pixelfly.PROGRESS", -1.0)

@@ -237,7 +237,7 @@ def test_sites_and_products() -> None:
             assert torch.allclose(got, model(ids(2, 9)).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["graph", "modules"])
+@pytest.mark.parametrize("way", ["graph", pytest.param("modules", marks=pytest.mark.slow)])
 def test_compiled_saved_and_loaded(
     way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
