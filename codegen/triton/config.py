@@ -44,7 +44,7 @@ class Config:
 
 DOT = 16
 """Least rows, outputs and columns of a product of matrices."""
-PRODUCTS = ("panel", "sparse", "turned", "pair", "bottleneck", "coupled", "convolve")
+PRODUCTS = ("panel", "sparse", "turned", "pair", "bottleneck", "coupled", "convolve", "chain")
 """Kinds of stages that multiply matrices."""
 FEW = 128
 """Rows up to which programs may share the columns of an output."""
@@ -58,6 +58,8 @@ _TILES = (
 """Tiles of products, the largest first."""
 _ROWS = ((16, 256), (8, 512), (4, 1024), (2, 1024), (32, 128), (8, 128), (64, 64), (1, 2048))
 """Outputs and columns of a product with a vector."""
+THIN = 4
+"""Rows or columns of a strided block below which it is no product of matrices."""
 _SPLITS = (2, 4, 8, 16)
 _BLOCKS = (
     (64, 32, 16, 8, 2, 16), (32, 32, 16, 8, 2, 16), (32, 16, 16, 8, 3, 16), (32, 32, 32, 8, 2, 8),
@@ -72,6 +74,15 @@ _ON_CHIP = (
     (32, 32, 32, 4, 2), (16, 64, 64, 4, 2), (16, 32, 16, 8, 2), (16, 16, 16, 4, 2),
 )  # fmt: skip
 """Tiles of two products that hold what is between."""
+_CHAINS = tuple(
+    Config(bm, bn, bk, warps, 2, groups)
+    for bm, bn, bk, warps, groups in (
+        (16, 32, 32, 8, 16), (16, 16, 16, 8, 32), (16, 32, 32, 8, 8), (16, 16, 16, 4, 16),
+        (16, 64, 32, 4, 4), (32, 32, 32, 8, 8), (32, 64, 32, 8, 4), (64, 64, 32, 8, 2),
+        (64, 64, 64, 4, 1), (16, 32, 16, 4, 4),
+    )
+)  # fmt: skip
+"""Rows, outputs and columns of a factor at most, warps, and blocks at most."""
 _TRANSFORMS = (
     (1, 4, 1), (1, 8, 1), (2, 8, 1), (2, 4, 1), (4, 8, 1), (4, 4, 1), (1, 2, 1), (1, 16, 1),
 )  # fmt: skip
@@ -81,6 +92,11 @@ _WHOLE = (
     (8, 256, 1, 4, 1), (4, 512, 1, 4, 1), (1, 1024, 1, 4, 1), (128, 32, 1, 4, 1),
 )  # fmt: skip
 """Tiles of what goes entry by entry."""
+
+
+def multiplies(stage: Stage, config: Config) -> bool:
+    """Whether a stage is made of products of matrices; some are for one config, not for another."""
+    return stage.kind in PRODUCTS or (stage.kind == "strided" and config.bk > 1)
 
 
 def power_above(n: int) -> int:
@@ -98,6 +114,8 @@ def configs(stage: Stage, rows: int) -> list[Config]:
     least, block = DOT if product else 1, stage.block
     outputs = block.b if product else block.d if stage.kind == "strided" else stage.out
     columns = stage.inner[0].block.c if stage.inner else block.c
+    if stage.kind == "chain":
+        return [c for c in _CHAINS if c.bm <= max(DOT, power_above(rows))]
     if stage.kind == "convolve":
         most = power_above(rows)
         return [Config(bm, 1, 1, w, s) for bm, w, s in _TRANSFORMS if bm <= most]
@@ -113,12 +131,14 @@ def configs(stage: Stage, rows: int) -> list[Config]:
             min(bk, max(least, power_above(columns))) if product else 1,
             warps,
             stages,
-            min(groups[0], power_above(block.a)) if groups else 1,
+            min(groups[0], power_above(block.a * block.d)) if groups else 1,
         )
         for bm, bn, bk, warps, stages, *groups in shapes
     ]
     if stage.kind == "panel":
         found = [*_few(stage, rows, found), *found]
+    if stage.kind == "strided" and min(block.b, block.c) >= THIN:
+        found = [*configs(replace(stage, kind="turned"), rows), *found]
     return list(dict.fromkeys(found))
 
 

@@ -20,6 +20,7 @@ from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
 from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.pieces import HEAD
 from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.tile import DTYPES, dot_dtype
 from structc.records import Refusal
@@ -35,9 +36,9 @@ CONFIGS = (
 )  # fmt: skip
 """Queries and keys of a tile, warps, stages."""
 POINTERS = ("starts", "columns", "v", "o", "lse")
-SOURCE = '''import triton
-import triton.language as tl
-
+SOURCE = (
+    HEAD
+    + '''
 
 @triton.jit(do_not_specialize=["segments", "n"])
 def conv_basis(starts, columns, v, o, lse, segments, n, d,
@@ -68,7 +69,7 @@ def conv_basis(starts, columns, v, o, lse, segments, n, d,
         total = total * less + tl.sum(p, 1)
         at = (head * n + j)[:, None] * d + e[None, :]
         value = tl.load(v + at, mask=(j < n)[:, None] & (e < d)[None, :], other=0.0)
-        sums = sums * less[:, None] + tl.dot(p.to(DOT), value.to(DOT), input_precision="bf16x6")
+        sums = sums * less[:, None] + tl.dot(p.to(DOT), value.to(DOT), input_precision=SINGLE)
         top = above
     some = tl.where(total == 0.0, 1.0, total)
     at = (head * n + m)[:, None] * d + e[None, :]
@@ -76,6 +77,7 @@ def conv_basis(starts, columns, v, o, lse, segments, n, d,
     tl.store(o + at, (sums / some[:, None]).to(o.dtype.element_ty), mask=inside)
     tl.store(lse + head * n + m, top + tl.log(some), mask=m < n)
 '''
+)
 
 
 def pays(n: int, segments: int) -> bool:

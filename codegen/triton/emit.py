@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from structc.codegen.program import Program, Stage
-from structc.codegen.triton import fft, pair, panel, plain
+from structc.codegen.triton import chain, fft, pair, panel, plain
 from structc.codegen.triton.config import Config, power_above
-from structc.codegen.triton.pieces import Kernel, head
+from structc.codegen.triton.pieces import HEAD, Kernel, head
 
-HEAD = "import triton\nimport triton.language as tl\n"
-WAYS = {**panel.WAYS, **pair.WAYS, **plain.WAYS, **fft.WAYS}
+WAYS = {**panel.WAYS, **pair.WAYS, **plain.WAYS, **fft.WAYS, **chain.WAYS}
 """For each kind of stage the kernels that there are for it, by name."""
 
 
@@ -44,6 +43,8 @@ def kernels(at: int, stage: Stage, config: Config) -> tuple[Kernel, ...]:
     ways = WAYS[stage.kind]
     if "row" in ways and config.bm == 1:
         names: tuple[str, ...] = ("row",)
+    elif "batch" in ways and config.bk > 1:
+        names = ("batch",)
     elif "split" in ways and config.split > 1:
         names = ("split", "join")
     else:

@@ -21,6 +21,7 @@ from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
 from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.pieces import HEAD
 from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.tile import DTYPES, dot_dtype
 from structc.records import Refusal
@@ -46,14 +47,14 @@ LENGTHS = {
     "middle": ("blocks", "places", "rows", "d"),
     "left": ("blocks", "places", "rows", "d", "e"),
 }
-SOURCE = f'''import triton
-import triton.language as tl
-
+SOURCE = (
+    HEAD
+    + f'''
 
 @triton.jit
 def times(a, b, DOT: tl.constexpr):
     """a product of matrices"""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision="bf16x6")
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision=SINGLE)
 
 
 @triton.jit
@@ -189,6 +190,7 @@ def monarch_left(q, means, y, entropy, o, lse, qb, qh, qn, ob, oh, on,
     tl.store(o + at, (sums / total[:, None]).to(o.dtype.element_ty),
              mask=(i < rows)[:, None] & (c < e)[None, :])
 '''
+)
 
 
 def apply(parts: Parts, num_steps: int, sigma: float) -> tuple[Tensor, Tensor] | None:

@@ -4,7 +4,8 @@ A tile of outputs loops over the columns of its block. With few rows there are t
 GPU: ``split`` shares the columns among several programs and ``join`` adds their sums up, in order,
 so that results do not change from run to run. One row is a product with a vector (``row``): no
 matrix units, every weight read once. A factor whose output is shuffled takes several blocks at a
-time, so that what it stores lies side by side.
+time, so that what it stores lies side by side, and so does one whose numbers are strided: what it
+loads does.
 """
 
 from __future__ import annotations
@@ -117,20 +118,23 @@ def _join(kernel: Kernel, stage: Stage, width: int, tf32: bool) -> Iterator[str]
     yield from tail(stage)
 
 
-def _turned(kernel: Kernel, stage: Stage, width: int, tf32: bool) -> Iterator[str]:
-    a, b = stage.block.a, stage.block.b
+def several(kernel: Kernel, stage: Stage, width: int, tf32: bool) -> Iterator[str]:
+    """Several blocks at a time: those whose output is shuffled, or whose numbers are strided."""
+    a, b, d = stage.block.a, stage.block.b, stage.block.d
     yield from head(kernel, said(stage, width))
     yield f"    tiles = tl.cdiv({b}, BN)"
-    yield f"    parts = tl.cdiv({a}, BG)"
-    yield "    pid = tl.program_id(0)"
+    yield f"    parts = tl.cdiv({a * d}, BG)"
+    if not kernel.called:
+        yield "    pid = tl.program_id(0)"
     yield "    m = pid // (parts * tiles) * BM + tl.arange(0, BM)"
     yield "    block = pid // tiles % parts * BG + tl.arange(0, BG)[:, None, None]"
     yield "    n = (pid % tiles * BN + tl.arange(0, BN))[None, None, :]"
     yield "    line = m.to(tl.int64)[None, :, None]"
-    yield f"    live = (m < rows)[None, :, None] & (block < {a})"
+    yield f"    live = (m < rows)[None, :, None] & (block < {a * d})"
     yield "    sums = tl.zeros((BG, BM, BN), tl.float32)"
     yield from blocks_loop(stage, width, "w", "n", f"(n < {b})", tf32)
-    yield f"    out = n * {a} + block"
+    out = f"block * {b} + n" if d == 1 else f"((block // {d}) * {b} + n) * {d} + block % {d}"
+    yield f"    out = {f'n * {a} + block' if stage.turns else out}"
     yield f"    inside = live & (n < {b})"
     yield f"    spot = line * {stage.out} + out"
     yield from tail(stage)
@@ -168,14 +172,20 @@ def blocks_loop(
         row, own: which outputs of each block, and whether they are there, ``(1, 1, outputs)``.
         tf32: as for :func:`structc.codegen.triton.emit.emit`.
     """
-    b, c = stage.block.b, stage.block.c
+    a, b, c, d = stage.block.a, stage.block.b, stage.block.c, stage.block.d
     yield f"    for start in range(0, {c}, BK):"
     yield "        k = start + tl.arange(0, BK)"
-    yield f"        feature = {source(stage, width, f'block * {c} + k[None, None, :]')}"
+    own_columns = f"block * {c} + k[None, None, :]"
+    at = f"(block.to(tl.int64) * {b} + {row}) * {c} + k[None, :, None]"
+    if d > 1:
+        own_columns = f"((block // {d}) * {c} + k[None, None, :]) * {d} + block % {d}"
+        at = f"(((block // {d}).to(tl.int64) * {b} + {row}) * {c} + k[None, :, None]) * {d}"
+        at += f" + block % {d}"
+    yield f"        feature = {source(stage, width, own_columns)}"
     yield f"        some = live & (k < {c})[None, None, :]"
     yield f"        left = tl.load(x + line * {width} + feature, mask=some, other=0.0)"
-    yield f"        at = (block.to(tl.int64) * {b} + {row}) * {c} + k[None, :, None]"
-    yield f"        wide = (block < {stage.block.a}) & {own} & (k < {c})[None, :, None]"
+    yield f"        at = {at}"
+    yield f"        wide = (block < {a * d}) & {own} & (k < {c})[None, :, None]"
     yield f"        right = tl.load({weight} + at, mask=wide, other=0.0)"
     yield f"        sums = {product('left', 'right', 'sums', tf32)}"
 
@@ -206,8 +216,13 @@ def _join_kernel(at: int, stage: Stage) -> Kernel:
 
 
 def _turned_kernel(at: int, stage: Stage) -> Kernel:
+    return several_kernel(f"stage{at}_turned", stage)
+
+
+def several_kernel(name: str, stage: Stage) -> Kernel:
+    """Of :func:`several`."""
     pointers, sizes = ("x", "w", *extras(stage), "y"), (*TILE, "BG")
-    return Kernel(f"stage{at}_turned", pointers, stage.block.a, stage.block.b, sizes)
+    return Kernel(name, pointers, stage.block.a * stage.block.d, stage.block.b, sizes)
 
 
 def _sparse_kernel(at: int, stage: Stage) -> Kernel:
@@ -223,6 +238,6 @@ WAYS = {
         "split": Way(_split_kernel, _split),
         "join": Way(_join_kernel, _join),
     },
-    "turned": {"turned": Way(_turned_kernel, _turned)},
+    "turned": {"turned": Way(_turned_kernel, several)},
     "sparse": {"sparse": Way(_sparse_kernel, _sparse)},
 }

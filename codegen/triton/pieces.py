@@ -15,6 +15,16 @@ ACTIVATIONS = {
     "silu": "{0} * tl.sigmoid({0})",
 }
 """What follows sums, elementwise; tanh z is ``2 sigmoid(2 z) - 1``."""
+PROGRAMS = 256
+"""Of a call whose programs keep what lies between factors: a cache holds that of so many."""
+HEAD = """import triton
+import triton.language as tl
+
+SINGLE: tl.constexpr = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x6")
+"""
+"""Of every source: how float32 factors are multiplied. Each is a sum of three bfloat16 numbers, and
+the six largest products of those are taken: the error is that of float32 sums (0.6 to 1.3e-7 of the
+norm at 64 to 4096 terms; of plain float32 products it is 1.4 to 2.6e-7), and matrix units do it."""
 TILE = ("BM", "BN", "BK")
 """Compile-time sizes of a tile; ``DOT`` is every kernel's last."""
 _TYPES = {"first": "*i64", "place": "*i64", "part": "*fp32", "turns": "*fp32", "gate": "*fp32"}
@@ -31,6 +41,9 @@ class Kernel:
             stay within a group. What one program takes whole does not count.
         sizes: its compile-time arguments apart from ``DOT``.
         shares: whether several programs share the columns of an output.
+        holds: features that a program keeps of each of its rows, twice, while it runs; it then
+            takes several tiles of rows, one after the other.
+        called: whether another kernel calls it and tells it its tile, ``pid``.
     """
 
     name: str
@@ -39,6 +52,8 @@ class Kernel:
     outputs: int
     sizes: tuple[str, ...] = TILE
     shares: bool = False
+    holds: int = 0
+    called: bool = False
 
     @property
     def kind(self) -> str:
@@ -51,6 +66,8 @@ class Kernel:
 
     def grid(self, rows: int, config: Config) -> int:
         """Programs of a call."""
+        if self.holds:
+            return min(PROGRAMS, -(-rows // config.bm))
         groups = -(-self.groups // config.groups) if "BG" in self.sizes else self.groups
         split = config.split if self.shares else 1
         return -(-rows // config.bm) * groups * -(-self.outputs // config.bn) * split
@@ -71,8 +88,9 @@ class Way:
 
 def head(kernel: Kernel, text: str) -> Iterator[str]:
     """The function's first lines."""
-    yield '@triton.jit(do_not_specialize=["rows"])'
-    yield f"def {kernel.name}({', '.join(kernel.pointers)}, rows,"
+    yield "@triton.jit" if kernel.called else '@triton.jit(do_not_specialize=["rows"])'
+    more = "rows, pid," if kernel.called else "rows,"
+    yield f"def {kernel.name}({', '.join(kernel.pointers)}, {more}"
     sizes = ", ".join(f"{n}: tl.constexpr" for n in (*kernel.sizes, "DOT"))
     yield f"{' ' * (len(kernel.name) + 5)}{sizes}):"
     yield f'    """{text}"""'
@@ -110,17 +128,11 @@ def source(stage: Stage, width: int, feature: str) -> str:
     return f"({feature}) % {stage.blocks} * {width // stage.blocks} + ({feature}) // {stage.blocks}"
 
 
-SINGLE = "bf16x6"
-"""How float32 factors are multiplied: each is a sum of three bfloat16 numbers, and the six largest
-products of those are taken. The error is that of float32 sums (1e-7 of the norm at 64 to 4096
-terms, a plain float32 product's is 1.4 to 2.6e-7), and the matrix units do it."""
-
-
 def product(left: str, right: str, sums: str, tf32: bool) -> str:
     """``sums + left right`` in float32; float32 factors whole, or rounded to 10 bits."""
-    precision = "tf32" if tf32 else SINGLE
+    precision = '"tf32"' if tf32 else "SINGLE"
     given = f"{left}.to(DOT), {right}.to(DOT), {sums}".removesuffix(", ")
-    return f'tl.dot({given}, input_precision="{precision}")'
+    return f"tl.dot({given}, input_precision={precision})"
 
 
 def tail(stage: Stage, indent: str = "    ", sums: str = "sums") -> Iterator[str]:

@@ -1,10 +1,11 @@
-"""Kernels of stages that are no product of matrices: strided factors, selections, shuffles."""
+"""Kernels of stages entry by entry: strided factors with small blocks, selections, shuffles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from structc.codegen.program import Stage
+from structc.codegen.triton.panel import several, several_kernel
 from structc.codegen.triton.pieces import Kernel, Way, extras, head, own_tile, said, source, tail
 
 
@@ -59,7 +60,10 @@ def _kernel(at: int, stage: Stage) -> Kernel:
 
 
 WAYS = {
-    "strided": {"strided": Way(_kernel, _strided)},
+    "strided": {
+        "strided": Way(_kernel, _strided),
+        "batch": Way(lambda at, stage: several_kernel(f"stage{at}_batch", stage), several),
+    },
     "listed": {"listed": Way(_kernel, _listed)},
     "shuffle": {"shuffle": Way(_kernel, _move)},
     "move": {"move": Way(_kernel, _move)},

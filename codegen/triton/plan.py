@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from structc.codegen.program import Program
+from structc.codegen.triton.chain import chained
 from structc.codegen.triton.config import Config, configs
 from structc.codegen.triton.emit import widths
 from structc.codegen.triton.pair import fused
@@ -18,9 +19,10 @@ VARIANTS: Mapping[str, Callable[[Program], Program]] = {
     "stages": lambda program: program,
     "turned": turned,
     "fused": fused,
+    "chained": chained,
 }
 """What may become of a program's stages: shuffles in loads, shuffles in stores, two factors in one
-kernel."""
+kernel, many factors in one kernel."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.config import DOT, Config, power_above
 from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
-from structc.codegen.triton.pieces import SINGLE
 from structc.codegen.triton.polynomial_source import LENGTHS, POINTERS, SOURCE, STRIDES
 from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.tile import DTYPES, dot_dtype
@@ -116,17 +115,11 @@ def chunk_of(count: int, length: int, causal: bool) -> int:
     return min(whole, max(CHUNK, -(-count // 4 // CHUNK) * CHUNK)) if causal else whole
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """Of products. In float16 sums over all keys have no room: float32 with 10 bits instead.
-
-    >>> precision_of(torch.float16), precision_of(torch.float32)
-    ('tf32', 'bf16x6')
-    """
-    return "tf32" if dtype == torch.float16 else SINGLE
-
-
 def product_of(dtype: torch.dtype) -> Any:
-    """The dtype that factors of products are rounded to."""
+    """The dtype that factors of products are rounded to.
+
+    In float16 sums over all keys have no room: they are float32, multiplied with 10 bits.
+    """
     return dot_dtype(torch.float32 if dtype == torch.float16 else dtype)
 
 
@@ -237,7 +230,7 @@ def _launch(
         grid = (heads * -(-_length(kernel, rows, numbers) // _side_of(kernel, config)),)
         getattr(module, f"polynomial_{kernel}")[grid](
             *tensors, *strides, *numbers, **_tiles(kernel, config), **sizes, DOT=product_of(dtype),
-            PRECISION=precision_of(dtype), num_warps=config.warps, num_stages=config.stages,
+            TF32=dtype == torch.float16, num_warps=config.warps, num_stages=config.stages,
             **load.FUSED,
         )  # fmt: skip
         return True
@@ -295,10 +288,10 @@ _KINDS = {
 }
 
 
-def words(dtype: torch.dtype) -> dict[str, str]:
+def words(dtype: torch.dtype) -> dict[str, str | bool]:
     """How products are made, for a job."""
     dot = "bf16" if dtype == torch.bfloat16 else "fp32"
-    return {"DOT": dot, "PRECISION": precision_of(dtype)}
+    return {"DOT": dot, "TF32": dtype == torch.float16}
 
 
 def arguments(kernel: str, word: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ chunk, kept in memory: no chip has room for ``D e`` numbers. A chunk's own keys 
   as a product with the matrix that says which they are.
 """
 
+from structc.codegen.triton.pieces import HEAD
+
 POINTERS = {
     "states": ("x", "y", "z", "dots", "places", "slopes", "state", "mass"),
     "outputs": (
@@ -38,9 +40,9 @@ LENGTHS = {
 }  # fmt: skip
 """Then sizes: ``count`` monomials, heads of ``d`` and of ``e`` numbers."""
 
-SOURCE = '''import triton
-import triton.language as tl
-
+SOURCE = (
+    HEAD
+    + '''
 
 @triton.jit
 def monomials(x, rows, step, inside, places, m, count, d, WITHOUT: tl.constexpr,
@@ -75,9 +77,9 @@ def slope_of(f, s, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def times(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def times(a, b, DOT: tl.constexpr, TF32: tl.constexpr):
     """a product of matrices"""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision="tf32" if TF32 else SINGLE)
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def polynomial_states(x, y, z, dots, places, slopes, state, mass, xb, xh, xn, yb
                       heads, length, skip, chunk, chunks, count, d, e,
                       BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
                       DEGREE: tl.constexpr, BACK: tl.constexpr, DECAY: tl.constexpr,
-                      DOT: tl.constexpr, PRECISION: tl.constexpr):
+                      DOT: tl.constexpr, TF32: tl.constexpr):
     """sums of monomials of x times y and times 1, before each chunk; BACK: y / z and -dots / z,
     behind each chunk"""
     tiles = tl.cdiv(count, BK)
@@ -139,7 +141,7 @@ def polynomial_states(x, y, z, dots, places, slopes, state, mass, xb, xh, xn, yb
                 if DECAY:
                     part *= tl.exp(-fall * (now * chunk + chunk - 1 - j))
                 value *= part[:, None]
-            sums += times(tl.trans(found), value, DOT, PRECISION)
+            sums += times(tl.trans(found), value, DOT, TF32)
             total += tl.sum(found * part[:, None], 0)
     end = chunks
     if BACK:
@@ -156,7 +158,7 @@ def polynomial_outputs(q, k, v, places, weights, slopes, f, state, mass, o, z,
                        heads, queries, keys, chunk, chunks, count, d, e,
                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WD: tl.constexpr,
                        WIDE: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr,
-                       DECAY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+                       DECAY: tl.constexpr, DOT: tl.constexpr, TF32: tl.constexpr):
     """the output of a tile of queries, and what it was divided by"""
     tiles = tl.cdiv(queries, BM)
     pid = tl.program_id(0)
@@ -180,7 +182,7 @@ def polynomial_outputs(q, k, v, places, weights, slopes, f, state, mass, o, z,
             found = monomials(q, i, qn, i < queries, places, m, count, d, -1, DEGREE)
             found *= tl.load(weights + m, mask=m < count, other=0.0)[None, :]
             before = tile(state + base * e, m[:, None], c[None, :], e, count, e)
-            sums += times(found, before, DOT, PRECISION)
+            sums += times(found, before, DOT, TF32)
             total += tl.sum(found * tl.load(mass + base + m, mask=m < count, other=0.0)[None, :], 1)
     if CAUSAL:
         fall = 0.0
@@ -193,13 +195,13 @@ def polynomial_outputs(q, k, v, places, weights, slopes, f, state, mass, o, z,
         for start in range(own * chunk, tl.minimum(keys, first + BM), BN):
             j = start + tl.arange(0, BN)
             right = tile(k, j[None, :], r[:, None], kn, keys, d)
-            p = value_of(f, times(left, right, DOT, PRECISION), DEGREE)
+            p = value_of(f, times(left, right, DOT, TF32), DEGREE)
             lag = i[:, None] - j[None, :]
             if DECAY:
                 p *= tl.exp(-fall * tl.maximum(lag, 0))
             p = tl.where((lag >= 0) & (j < keys)[None, :], p, 0.0)
             value = tile(v, j[:, None], c[None, :], vn, keys, e)
-            sums += times(p, value, DOT, PRECISION)
+            sums += times(p, value, DOT, TF32)
             total += tl.sum(p, 1)
     row = one * queries + i
     tl.store(z + row, total, mask=i < queries)
@@ -214,7 +216,7 @@ def polynomial_queries(q, k, v, grad, z, dots, places, weights, slopes, f, state
                        heads, queries, keys, chunk, chunks, count, d, e,
                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WD: tl.constexpr,
                        WIDE: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr,
-                       DECAY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+                       DECAY: tl.constexpr, DOT: tl.constexpr, TF32: tl.constexpr):
     """the gradient of a tile of queries"""
     tiles = tl.cdiv(queries, BM)
     pid = tl.program_id(0)
@@ -239,14 +241,14 @@ def polynomial_queries(q, k, v, grad, z, dots, places, weights, slopes, f, state
         for start in range(0, count, BK):
             m = start + tl.arange(0, BK)
             before = tile(state + base * e, m[None, :], c[:, None], e, count, e)
-            more = times(slope, before, DOT, PRECISION)
+            more = times(slope, before, DOT, TF32)
             more -= dot[:, None] * tl.load(mass + base + m, mask=m < count, other=0.0)[None, :]
             more *= tl.load(weights + m, mask=m < count, other=0.0)[None, :]
             for p in tl.static_range(DEGREE):
                 rest = monomials(q, i, qn, i < queries, places, m, count, d, p, DEGREE)
                 place = tl.load(places + p * count + m, mask=m < count, other=-1)
                 which = (place[:, None] == r[None, :]).to(tl.float32)
-                found += times(more * rest, which, DOT, PRECISION)
+                found += times(more * rest, which, DOT, TF32)
     if CAUSAL:
         fall = 0.0
         if DECAY:
@@ -257,13 +259,13 @@ def polynomial_queries(q, k, v, grad, z, dots, places, weights, slopes, f, state
             j = start + tl.arange(0, BN)
             right = tile(k, j[None, :], r[:, None], kn, keys, d)
             across = tile(v, j[None, :], c[:, None], vn, keys, e)
-            ds = slope_of(f, times(left, right, DOT, PRECISION), DEGREE)
-            ds *= times(slope, across, DOT, PRECISION) - dot[:, None]
+            ds = slope_of(f, times(left, right, DOT, TF32), DEGREE)
+            ds *= times(slope, across, DOT, TF32) - dot[:, None]
             lag = i[:, None] - j[None, :]
             if DECAY:
                 ds *= tl.exp(-fall * tl.maximum(lag, 0))
             ds = tl.where((lag >= 0) & (j < keys)[None, :], ds, 0.0)
-            found += times(ds, tl.trans(right), DOT, PRECISION)
+            found += times(ds, tl.trans(right), DOT, TF32)
     inside = (i < queries)[:, None] & (r < d)[None, :]
     at = (one * queries + i)[:, None] * d + r[None, :]
     tl.store(dq + at, (found * share[:, None]).to(dq.dtype.element_ty), mask=inside)
@@ -275,7 +277,7 @@ def polynomial_keys(q, k, v, grad, z, dots, places, weights, slopes, f, state, m
                     heads, queries, keys, chunk, chunks, count, d, e,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WD: tl.constexpr,
                     WIDE: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr,
-                    DECAY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+                    DECAY: tl.constexpr, DOT: tl.constexpr, TF32: tl.constexpr):
     """the gradients of a tile of keys and of its values"""
     tiles = tl.cdiv(keys, BN)
     pid = tl.program_id(0)
@@ -301,15 +303,15 @@ def polynomial_keys(q, k, v, grad, z, dots, places, weights, slopes, f, state, m
             behind = tile(state + base * e, m[None, :], c[:, None], e, count, e)
             weight = tl.load(weights + m, mask=m < count, other=0.0)
             found = monomials(k, j, kn, j < keys, places, m, count, d, -1, DEGREE)
-            sums_v += times(found * weight[None, :], tl.trans(behind), DOT, PRECISION)
-            more = times(value, behind, DOT, PRECISION)
+            sums_v += times(found * weight[None, :], tl.trans(behind), DOT, TF32)
+            more = times(value, behind, DOT, TF32)
             more += tl.load(mass + base + m, mask=m < count, other=0.0)[None, :]
             more *= weight[None, :]
             for p in tl.static_range(DEGREE):
                 rest = monomials(k, j, kn, j < keys, places, m, count, d, p, DEGREE)
                 place = tl.load(places + p * count + m, mask=m < count, other=-1)
                 which = (place[:, None] == r[None, :]).to(tl.float32)
-                sums_k += times(more * rest, which, DOT, PRECISION)
+                sums_k += times(more * rest, which, DOT, TF32)
     if CAUSAL:
         fall = 0.0
         if DECAY:
@@ -326,18 +328,19 @@ def polynomial_keys(q, k, v, grad, z, dots, places, weights, slopes, f, state, m
             dot = tl.load(dots + one * queries + i, mask=i < queries, other=0.0)
             slope = tile(grad, i[:, None], c[None, :], gn, queries, e).to(tl.float32)
             slope *= share[:, None]
-            s = times(right, left, DOT, PRECISION)
+            s = times(right, left, DOT, TF32)
             lag = i[None, :] - j[:, None]
             near = tl.where((lag >= 0) & (i < queries)[None, :], 1.0, 0.0)
             if DECAY:
                 near *= tl.exp(-fall * tl.maximum(lag, 0))
-            sums_v += times(value_of(f, s, DEGREE) * near, slope, DOT, PRECISION)
-            ds = times(value, tl.trans(slope), DOT, PRECISION) - (dot * share)[None, :]
+            sums_v += times(value_of(f, s, DEGREE) * near, slope, DOT, TF32)
+            ds = times(value, tl.trans(slope), DOT, TF32) - (dot * share)[None, :]
             ds *= slope_of(f, s, DEGREE) * near
-            sums_k += times(ds, tl.trans(left), DOT, PRECISION)
+            sums_k += times(ds, tl.trans(left), DOT, TF32)
     at = (one * keys + j)[:, None] * d + r[None, :]
     tl.store(dk + at, sums_k.to(dk.dtype.element_ty), mask=(j < keys)[:, None] & (r < d)[None, :])
     at = (one * keys + j)[:, None] * e + c[None, :]
     tl.store(dv + at, sums_v.to(dv.dtype.element_ty), mask=(j < keys)[:, None] & (c < e)[None, :])
 '''
+)
 """All four kernels."""

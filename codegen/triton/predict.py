@@ -15,10 +15,11 @@ It ranks configs where no GPU is there to time them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from structc.codegen.program import Stage
-from structc.codegen.triton.config import PRODUCTS, Config, configs
+from structc.codegen.triton.chain import members, sizes_of
+from structc.codegen.triton.config import PRODUCTS, Config, configs, multiplies
 from structc.codegen.triton.emit import kernels
 from structc.codegen.triton.fft import factors_of, step_of
 from structc.codegen.triton.pair import middle_of
@@ -81,9 +82,10 @@ def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work
     """
     run, extra = kernels(0, stage, config), (stage.mul is not None) + (stage.add is not None)
     programs = run[0].grid(rows, config)
-    loop = _LOOPS.get(stage.kind, _moves)(stage, config, programs)
+    tiles = -(-rows // config.bm) if stage.kind == "chain" else programs
+    loop = _LOOPS.get(stage.kind, _moves)(stage, config, tiles)
     params = sum(math.prod((b.a, b.b, b.c, b.d)) for b in _factors(stage))
-    bias = stage.out if stage.bias is not None else 0
+    bias = sum(s.out for s in (*stage.inner, stage) if s.bias is not None)
     read = width if stage.kind != "listed" else stage.out
     groups = run[0].groups
     places = {"listed": stage.out, "sparse": groups + 1 + stage.block.d}.get(stage.kind, 0)
@@ -99,17 +101,18 @@ def work(stage: Stage, width: int, rows: int, config: Config, size: int) -> Work
     if stage.norm is not None:
         memory += size * (2 * rows * stage.out + stage.norm[0].weights * stage.out)
         loads += 2 * size * rows * stage.out
-    wasted = (SECTOR // size - 1) * size * loop.left if stage.blocks else 0
+    single = loop.left if stage.blocks else 0
+    wasted = single * (SECTOR - size) + loop.alone * max(0, SECTOR - loop.run * size) // loop.run
+    turns = loop.turns * -(-tiles // max(1, programs))
     return Work(
-        2 * rows * params, loop.done, loop.plain, memory, loads, wasted, programs, loop.turns,
-        len(run),
-    )  # fmt: skip
+        2 * rows * params, loop.done, loop.plain, memory, loads, wasted, programs, turns, len(run)
+    )
 
 
 @dataclass(frozen=True)
 class _Loop:
     """Numbers of all programs together: loaded, of those the ones of x, stored; flops; turns of
-    one; bytes of tables."""
+    one; bytes of tables; numbers that lie in runs of so many."""
 
     inputs: int
     left: int
@@ -118,6 +121,8 @@ class _Loop:
     plain: int = 0
     turns: int = 1
     tables: int = 0
+    alone: int = 0
+    run: int = 1
 
 
 def _factors(stage: Stage) -> list[Block]:
@@ -153,7 +158,9 @@ def _turned(stage: Stage, config: Config, programs: int) -> _Loop:
     turns = -(-stage.block.c // config.bk)
     one = _tiles(config, programs, programs * turns, turns)
     g = config.groups
-    return _Loop(g * one.inputs, g * one.left, g * one.outputs, g * one.done, 0, turns)
+    return _Loop(g * one.inputs, g * one.left, g * one.outputs, g * one.done, 0, turns,
+                 alone=g * (one.inputs + one.outputs) if stage.block.d > 1 else 0,
+                 run=min(g, stage.block.d))  # fmt: skip
 
 
 def _two(stage: Stage, config: Config, programs: int) -> _Loop:
@@ -178,6 +185,23 @@ def _two(stage: Stage, config: Config, programs: int) -> _Loop:
                  turns)  # fmt: skip
 
 
+def _chain(stage: Stage, config: Config, programs: int) -> _Loop:
+    """Its factors over all rows; a program's tiles of rows follow each other."""
+    total = _Loop(0, 0, 0, turns=0)
+    for part in members(stage):
+        b, c, groups = sizes_of(part)
+        own = replace(config, bn=min(b, config.bn), bk=min(c, config.bk),
+                      groups=min(groups, config.groups))  # fmt: skip
+        tiles = -(-part.block.a * part.block.d // own.groups) * -(-part.block.b // own.bn)
+        one = _turned(part, own, programs * tiles)
+        total = _Loop(
+            total.inputs + one.inputs, total.left + one.left, total.outputs + one.outputs,
+            total.done + one.done, 0, total.turns + tiles * one.turns, 0,
+            total.alone + one.alone, max(total.run, one.run),
+        )  # fmt: skip
+    return total
+
+
 def _convolve(stage: Stage, config: Config, programs: int) -> _Loop:
     """Two products of real numbers at each end, four for every other factor each way."""
     found = factors_of(step_of(stage))
@@ -192,6 +216,8 @@ def _convolve(stage: Stage, config: Config, programs: int) -> _Loop:
 
 
 def _strided(stage: Stage, config: Config, programs: int) -> _Loop:
+    if multiplies(stage, config):
+        return _turned(stage, config, programs)
     tile, c = config.bm * config.bn, stage.block.c
     every = programs * c
     inputs = every * (tile + config.bn)
@@ -212,6 +238,7 @@ _LOOPS = {
     "coupled": _two,
     "strided": _strided,
     "convolve": _convolve,
+    "chain": _chain,
 }
 """How programs of a kind go on; the others copy."""
 
@@ -224,7 +251,7 @@ def roofline(flops: int, memory: int, target: GpuTarget, dtype: str) -> float:
     >>> f"{1e6 * dense:.0f} us"
     '139 us'
     """
-    return max(flops / target.flops[dtype], memory / target.bandwidth)
+    return max(flops / target.products(dtype), memory / target.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -295,12 +322,12 @@ def _room(
         if found.size > target.points or (config.bm > 1 and points > ROW):
             return target.shared + 1, points
         return 2 * size * points, 12 * points
-    if stage.kind not in PRODUCTS or config.bm == 1:
+    if not multiplies(stage, config) or config.bm == 1:
         return 0, config.bm * config.bn * (config.bk if stage.kind == "panel" else 1)
     buffers = max(1, config.stages - target.early) if turns > 1 else 1
     blocks, rank = config.groups, config.bn
     sums = config.groups * config.bm * config.bn
-    if stage.inner:
+    if stage.inner and stage.kind != "chain":
         mid = middle_of(stage)
         blocks = 1 if stage.kind == "bottleneck" else mid.wide_blocks
         rank = mid.wide_rank * config.groups

@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from structc.codegen.triton.config import DOT, power_above
-from structc.codegen.triton.pieces import SINGLE
+from structc.codegen.triton.pieces import HEAD
 from structc.softmax import Extras, Softmax
 
-HEAD = "import triton\nimport triton.language as tl\n"
 GONE = 'float("-inf")'
 LENGTHS = ("heads", "share", "queries", "keys", "offset")
 _STRIDES = ("b", "h", "n")
@@ -113,8 +112,8 @@ def _head(shape: Shape, kernel: str, text: str) -> Iterator[str]:
 
 
 def _product(shape: Shape, left: str, right: str) -> str:
-    precision = "tf32" if shape.tf32 else SINGLE
-    return f'tl.dot({left}.to(DOT), {right}.to(DOT), input_precision="{precision}")'
+    precision = '"tf32"' if shape.tf32 else "SINGLE"
+    return f"tl.dot({left}.to(DOT), {right}.to(DOT), input_precision={precision})"
 
 
 # ---------------------------------------------------------------------------- what all share

@@ -41,7 +41,7 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
                       heads, queries, keys, chunk, chunks, count, d, e, window, sinks,
                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WD: tl.constexpr,
                       WIDE: tl.constexpr, DEGREE: tl.constexpr, CAUSAL: tl.constexpr,
-                      DOT: tl.constexpr, PRECISION: tl.constexpr):
+                      DOT: tl.constexpr, TF32: tl.constexpr):
     """exp of scores in the window and at sinks, f of all others"""
     tiles = tl.cdiv(queries, BM)
     pid = tl.program_id(0)
@@ -81,7 +81,7 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
                 at = base + high.to(tl.int64) * count
                 far -= tile(state + at * e, m[:, None], c[None, :], e, count, e)
                 own -= tl.load(mass + at + m, mask=m < count, other=0.0)
-            sums += times(found, far, DOT, PRECISION)
+            sums += times(found, far, DOT, TF32)
             total += tl.sum(found * own[None, :], 1)
     sums = tl.where(alone[:, None], 0.0, sums)
     total = tl.where(alone, 0.0, total)
@@ -93,7 +93,7 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
         start = tl.where(turn < sunk, turn * BN, low * chunk + (turn - sunk) * BN)
         j = start + tl.arange(0, BN)
         right = tile(k, j[None, :], r[:, None], kn, keys, d)
-        s = times(left, right, DOT, PRECISION)
+        s = times(left, right, DOT, TF32)
         lag = i[:, None] - j[None, :]
         exact = lag < window
         seen = (j < tl.where(turn < sunk, tl.minimum(sinks, low * chunk), end))[None, :]
@@ -111,7 +111,7 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
         less = tl.exp(top - safe)
         total = total * less + tl.sum(p, 1)
         value = tile(v, j[:, None], c[None, :], vn, keys, e)
-        sums = sums * less[:, None] + times(p, value, DOT, PRECISION)
+        sums = sums * less[:, None] + times(p, value, DOT, TF32)
         top = above
     row = one * queries + i
     inside = (i < queries)[:, None] & (c < e)[None, :]
@@ -150,7 +150,7 @@ def apply(
         grid = (-(-q.shape[2] // config.bm) * q.shape[0] * q.shape[1],)
         module.sparse_polynomial[grid](
             *tensors, *strides, *numbers, **config.constexprs(("BM", "BN", "BK")), **sizes,
-            DOT=polynomial.product_of(q.dtype), PRECISION=polynomial.precision_of(q.dtype),
+            DOT=polynomial.product_of(q.dtype), TF32=q.dtype == torch.float16,
             num_warps=config.warps, num_stages=config.stages, **load.FUSED,
         )  # fmt: skip
         return True

@@ -46,6 +46,7 @@ class Case:
 
 
 _MONARCH = "block(32,32,128,1) permute(32,32) block(32,128,32,1)"
+_BUTTERFLY = "block(128,48,8,1) block(16,48,48,8) block(1,16,96,64)"
 CASES = (
     Case("dense, bias, GELU, residual 4096", "block(1,4096,4096,1) bias(4096) act(gelu,4096) "
          "add(4096,0)"),
@@ -57,6 +58,8 @@ CASES = (
     Case("Monarch 32x32 rank 1, 4096", _MONARCH, variant="turned"),
     Case("BLAST 16x16 rank 64, 4096", "block(16,64,256,1) block(1,16,16,64) block(16,256,64,1)",
          variant="fused"),
+    Case("butterfly of 3 factors, 4096", _BUTTERFLY),
+    Case("butterfly of 3 factors, 4096", _BUTTERFLY, variant="chained"),
     Case("factor with strides, layer norm 4096", "block(8,4,4,128) norm(4096,layer,1e-05)"),
     Case("block sparse 64x64, 1/8 of 4096", "sparse(4096,4096,64,64,512)"),
     Case("selection, RMS norm 4096", "select(4096,4096) norm(4096,rms,1e-06)"),

@@ -93,6 +93,9 @@ class TritonTile:
         if kernel.shares:
             out = tensors["y"]
             tensors["part"] = out.new_empty(own.split, *out.shape, dtype=torch.float32)
+        if kernel.holds:
+            many = kernel.grid(rows, own)
+            tensors["held"] = tensors["y"].new_empty(many, 2, own.bm, kernel.holds)
         given = [tensors[name] for name in kernel.pointers]
         sizes = {**own.constexprs(kernel.sizes), "DOT": self.dot}
         grid, warps, stages = (kernel.grid(rows, own),), own.warps, own.stages
@@ -138,6 +141,8 @@ def _weights(stage: Stage, weights: Sequence[Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for at, inner in enumerate(stage.inner):
         found[f"w{at}"] = _factors(inner, weights)
+        if inner.bias is not None:
+            found[f"bias{at}"] = weights[inner.bias].contiguous()
     if stage.kind == "sparse":
         found |= dict(zip(("w", "first", "place"), (t.contiguous() for t in own), strict=True))
     elif stage.kind == "convolve":

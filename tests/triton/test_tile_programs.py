@@ -36,6 +36,9 @@ PROGRAMS = {
     "block of one": "block(5,1,3,1) block(1,7,5,1)",
     "butterfly": "block(32,2,2,1) block(16,2,2,2) block(8,2,2,4) block(4,2,2,8) block(2,2,2,16)",
     "strided": "block(2,3,5,7)",
+    "chain": "permute(2,16) block(8,5,4,1) bias(40) act(relu,40) block(2,6,20,1) "
+    "block(1,9,6,2) bias(18) act(gelu,18)",
+    "strided, large blocks": "permute(4,60) block(3,18,20,4) bias(216)",
     "shuffled, strided": "permute(2,35) block(2,3,5,7)",
     "kronecker": "shared(2,3,5,7)",
     "repeat": "repeat(3,4,5,2)",
@@ -126,7 +129,7 @@ def test_random_pairs(i: int, rank: int, c: int, groups: int, d: int, rows: int)
 CUT = {
     "panel": "block(1,33,270,1) bias(33)",
     "sparse": PROGRAMS["sparse"],
-    "strided": PROGRAMS["strided"],
+    "strided": PROGRAMS["strided, large blocks"],
     "turned": PROGRAMS["monarch of rank 3"],
     "pair": PROGRAMS["monarch of rank 3"],
     "bottleneck": PROGRAMS["low rank, by blocks"],
@@ -134,6 +137,7 @@ CUT = {
     "listed": PROGRAMS["select"],
     "shuffle": PROGRAMS["shuffle"],
     "move": "act(relu,21)",
+    "chain": PROGRAMS["chain"],
     "convolve": str(Tile((Convolve.toeplitz(20, 12),))),
 }
 """For each kind of stage a program."""
@@ -171,6 +175,7 @@ def test_there_are_eight_configs_of_each_kind(kind: str) -> None:
         "listed": "select(4096,4096)", "shuffle": "permute(64,64)", "move": "act(relu,4096)",
     }  # fmt: skip
     big["pair"] = big["turned"]
+    big["chain"] = "block(128,48,8,1) block(16,48,48,8) block(1,16,96,64)"
     made = [changed(program_of(big[kind])) for changed in VARIANTS.values()]
     stage = next(s for p in made for s in p.stages if s.kind == kind)
     assert len(configs(stage, 4096)) >= 8 and (kind in PRODUCTS or len(configs(stage, 1)) >= 1)
@@ -241,8 +246,9 @@ def test_what_has_no_kernel(text: str, dtype: torch.dtype, code: str) -> None:
     ("name", "variant"),
     [("monarch", v) for v in VARIANTS]
     + [("feed forward", "stages"), ("sparse", "stages"), ("gated", "stages")]
-    + [("low rank", "fused"), ("blast", "fused"), ("circulant", "stages")],
+    + [("low rank", "fused"), ("blast", "fused"), ("circulant", "stages")]
+    + [("chain", "chained"), ("strided, large blocks", "stages")],
 )
 def test_golden_sources(name: str, variant: str, golden) -> None:  # type: ignore[no-untyped-def]
     program = VARIANTS[variant](program_of(PROGRAMS[name]))
-    golden(f"triton/{name.replace(' ', '-')}-{variant}.txt", emit(program))
+    golden(f"triton/{name.replace(',', '').replace(' ', '-')}-{variant}.txt", emit(program))
