@@ -61,6 +61,28 @@ class Attempts(Generic[Way]):
         return None
 
 
+@dataclass
+class Tuned(Generic[Way]):
+    """Ways that a bundle brought.
+
+    Attributes:
+        ways: the best first.
+        open: whether the first call times them, on its own inputs, and puts them in order.
+    """
+
+    ways: tuple[Way, ...]
+    open: bool = False
+
+    def settle(self, attempts: Attempts[T], call: Callable[[T], object]) -> None:
+        """Put the ways in front of ``attempts``, which are these, in order, once."""
+        from structc.codegen.triton import timing
+
+        if self.open:
+            self.open = False
+            many = len(self.ways)
+            attempts.ways[:many] = timing.ordered(attempts.ways[:many], call)
+
+
 def failures() -> tuple[Failure, ...]:
     """What did not run in this process so far."""
     return tuple(_failures)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from structc import attend
 from structc.codegen.triton import load
-from structc.codegen.triton.attempt import Attempts
+from structc.codegen.triton.attempt import Attempts, Tuned
+from structc.codegen.triton.calls import AttentionCall
 from structc.codegen.triton.config import DOT, Config, power_above
 from structc.codegen.triton.device import running
 from structc.codegen.triton.softmax import LENGTHS, Shape, emit
 from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.targets import TARGETS, GpuTarget
-from structc.codegen.triton.tile import DTYPES, dot_dtype
+from structc.codegen.triton.tile import DTYPES, dot_dtype, rounds
 from structc.records import Refusal
 from structc.softmax import Extras, Softmax
 
@@ -93,6 +94,10 @@ def _fits(kernel: str, shape: Shape, config: Config, target: GpuTarget, size: in
     return shared * size <= target.shared and numbers / threads + 32 <= room
 
 
+TUNED: dict[AttentionCall, Tuned[Config]] = {}
+"""What bundles brought, for the forward kernel."""
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """The three functions of one shape, and what is left to try of each.
@@ -137,12 +142,21 @@ class Source:
             return True
 
         with torch.cuda.device_of(tensors[0]):
+            tuned = self._tuned(queries, keys) if kernel == "forward" else None
+            if tuned is not None:
+                tuned.settle(attempts, call)
             return attempts.run(call) is not None
+
+    def _tuned(self, queries: int, keys: int) -> Tuned[Config] | None:
+        sizes = power_above(queries), power_above(keys)
+        return TUNED.get(AttentionCall(self.shape, self.dtype, *sizes))
 
     def _attempts(self, kernel: str, queries: int, keys: int) -> Attempts[Config]:
         key = (kernel, power_above(queries), power_above(keys))
         if key not in self.left:
             some = configs(kernel, self.shape, self.target, self.dtype, queries, keys)
+            tuned = self._tuned(queries, keys) if kernel == "forward" else None
+            some = some if tuned is None else list(dict.fromkeys((*tuned.ways, *some)))
             self.left[key] = Attempts(f"attention_{kernel} of {self.shape.form}", some)
         return self.left[key]
 
@@ -203,7 +217,8 @@ class AttentionKernel:
     def _source(self, q: Tensor, v: Tensor, form: Softmax, extras: Extras) -> Source | None:
         if max(q.shape[-1], v.shape[-1]) > WIDEST:
             return None
-        shape = Shape.of(form, q.shape[-1], v.shape[-1], extras)
+        tf32 = rounds(self.dtype)
+        shape = Shape.of(form, q.shape[-1], v.shape[-1], extras, tf32=tf32)
         return source_of(shape, self.dtype, self.target.name)
 
 

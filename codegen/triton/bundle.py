@@ -1,6 +1,7 @@
 """Bundles: kernels for one GPU, compiled where there is none, and found there without a compiler.
 
-    bundle.json     target, versions, and for each program, dtype and number of rows its plans
+    bundle.json     target, versions, for each program, dtype and number of rows its plans, and
+                    for each attention its configs
     kernels/KEY/    what Triton's cache would hold: the binary and its metadata
 
 A key is a hash over the source, Triton itself, the target and all options: a bundle that does not
@@ -13,23 +14,25 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import structc
-from structc import ops
-from structc.codegen.triton import aot, load, serve
+from structc import attend, ops
+from structc.codegen.triton import aot, attention, bundle_attention, load, serve
 from structc.codegen.triton.aot import Compiled, Job
-from structc.codegen.triton.calls import TileCall
-from structc.codegen.triton.config import Config
+from structc.codegen.triton.attempt import Tuned
+from structc.codegen.triton.bundle_attention import BuiltAttention
+from structc.codegen.triton.calls import AttentionCall, Call, TileCall
+from structc.codegen.triton.config import Config, checked
 from structc.codegen.triton.device import running
 from structc.codegen.triton.emit import emit
 from structc.codegen.triton.entry import stage_jobs
 from structc.codegen.triton.plan import VARIANTS, Plan, plans, room
-from structc.codegen.triton.serve import Tuned, bucket_of
+from structc.codegen.triton.serve import bucket_of
 from structc.codegen.triton.targets import TARGETS, GpuTarget
 from structc.codegen.triton.tile import DTYPES, analyse
 from structc.errors import ConfigError
@@ -37,7 +40,7 @@ from structc.files import write_atomic
 from structc.forms import Tile
 from structc.records import Refusal
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, FOLDER = "bundle.json", "kernels"
 MANY = 2
 """Plans of a program that are compiled: the first, and the one to hold it against."""
@@ -45,6 +48,7 @@ BATCH = 16
 """Jobs that one child process compiles: progress is seen."""
 TRIED = 8
 """Plans that are compiled at most until so many fit the GPU."""
+T = TypeVar("T")
 _KEPT = (".json", ".cubin", ".hsaco")
 _WORDS = {word: dtype for dtype, word in DTYPES.items()}
 
@@ -65,12 +69,12 @@ class Built:
 
 
 def build(
-    calls: Sequence[TileCall],
+    calls: Sequence[Call],
     target: GpuTarget,
     folder: Path,
     *,
     progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> list[Built]:
+) -> list[Built | BuiltAttention]:
     """Compile the kernels of calls for a GPU into a new folder.
 
     Args:
@@ -83,13 +87,16 @@ def build(
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already", hint="Name a new folder for the bundle.")
-    buckets = dict.fromkeys((c.program, c.dtype, bucket_of(c.rows)) for c in calls)
+    tiles = [c for c in calls if isinstance(c, TileCall)]
+    buckets = dict.fromkeys((c.program, c.dtype, bucket_of(c.rows)) for c in tiles)
+    seen = [c for c in calls if isinstance(c, AttentionCall)]
     with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".bundle-") as text:
         work = Path(text)
         (work / "out").mkdir()
         some = [_Open.of(TileCall(*key), target) for key in buckets]
         _compile(some, target, work / "cache", progress)
         found = [one.built() for one in some]
+        attended = bundle_attention.build(seen, target, work / "cache", progress)
         _keep(work / "cache", work / "out" / FOLDER)
         manifest = {
             "format": FORMAT,
@@ -101,14 +108,15 @@ def build(
                  "plans": list(b.plans)}
                 for b in found if b.plans
             ],
+            "attention": [b.data() for b in attended if b.configs],
         }  # fmt: skip
         write_atomic(work / "out" / MANIFEST, json.dumps(manifest, indent=1).encode())
         (work / "out").rename(folder)
-    return found
+    return [*found, *attended]
 
 
 def use_bundle(path: str | Path, *, rerank: bool = False) -> int:
-    """Take a bundle's kernels from here on; how many programs it has plans for.
+    """Take a bundle's kernels from here on; how many programs and attentions it has kernels for.
 
     Its binaries are copied to Triton's cache, where calls find them.
 
@@ -129,12 +137,15 @@ def use_bundle(path: str | Path, *, rerank: bool = False) -> int:
             hint=f"structc tune MODEL --target {here.name} -o OUT",
         )
     tuned = dict(_programs(manifest, folder))
+    attended = [_read(folder, e, _attention, rerank) for e in manifest["attention"]]
     _install(folder / FOLDER)
+    attention.TUNED.update(attended)
     for (program, dtype), found in tuned.items():
         own = {rows: Tuned(some, rerank) for rows, some in found.items()}
         serve.TUNED.setdefault((program, dtype), {}).update(own)
     ops.search_again()
-    return len(tuned)
+    attend.forget()
+    return len(tuned) + len(attended)
 
 
 # ---------------------------------------------------------------------------- building
@@ -249,7 +260,8 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
         raise ConfigError(f"{folder} has format {found}, this version reads {FORMAT}")
-    if data.get("target") not in TARGETS or not isinstance(data.get("programs"), list):
+    lists = all(isinstance(data.get(name), list) for name in ("programs", "attention"))
+    if data.get("target") not in TARGETS or not lists:
         raise ConfigError(f"{folder / MANIFEST} is damaged: no target or no programs")
     return data
 
@@ -259,17 +271,34 @@ def _programs(
 ) -> Iterator[tuple[tuple[str, torch.dtype], dict[int, tuple[Plan, ...]]]]:
     found: dict[tuple[str, torch.dtype], dict[int, tuple[Plan, ...]]] = {}
     for entry in manifest["programs"]:
-        try:
-            form, dtype = Tile.parse(entry["program"]), _WORDS[entry["dtype"]]
-            some = tuple(_plan(data, form, dtype) for data in entry["plans"])
-            found.setdefault((str(form), dtype), {})[bucket_of(int(entry["rows"]))] = some
-        except ConfigError:
-            raise
-        except Exception as e:  # whatever a changed file holds
-            raise ConfigError(
-                f"{folder / MANIFEST} is damaged: {type(e).__name__}: {e} in {str(entry)[:80]}"
-            ) from None
+        form, dtype, rows, some = _read(folder, entry, _tile)
+        found.setdefault((str(form), dtype), {})[bucket_of(rows)] = some
     yield from found.items()
+
+
+def _read(folder: Path, entry: Any, take: Callable[..., T], *more: object) -> T:
+    """What ``take`` makes of an entry of the manifest.
+
+    Errors: :class:`ConfigError` for whatever a changed file holds.
+    """
+    try:
+        return take(entry, *more)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"{folder / MANIFEST} is damaged: {type(e).__name__}: {e} in {str(entry)[:80]}"
+        ) from None
+
+
+def _tile(entry: Mapping[str, Any]) -> tuple[Tile, torch.dtype, int, tuple[Plan, ...]]:
+    form, dtype = Tile.parse(entry["program"]), _WORDS[entry["dtype"]]
+    some = tuple(_plan(data, form, dtype) for data in entry["plans"])
+    return form, dtype, int(entry["rows"]), some
+
+
+def _attention(entry: Mapping[str, Any], rerank: bool) -> tuple[AttentionCall, Tuned[Config]]:
+    return bundle_attention.parse(entry, rerank=rerank)
 
 
 def _plan(data: Mapping[str, Any], form: Tile, dtype: torch.dtype) -> Plan:
@@ -277,16 +306,9 @@ def _plan(data: Mapping[str, Any], form: Tile, dtype: torch.dtype) -> Plan:
     if isinstance(program, Refusal):
         raise ValueError(program.reason)
     changed = VARIANTS[data["variant"]](program)
-    names = {f.name for f in fields(Config)}
-    configs = tuple(Config(**{n: int(c[n]) for n in names}) for c in data["configs"])
+    configs = tuple(checked(c) for c in data["configs"])
     if len(configs) != len(changed.stages):
         raise ValueError(f"{len(configs)} configs for {len(changed.stages)} stages")
-    for config in configs:
-        sizes = (config.bm, config.bn, config.bk, config.groups, config.warps)
-        if any(n < 1 or n & (n - 1) for n in sizes):
-            raise ValueError(f"no powers of two: {config}")
-        if config.split < 1 or config.stages < 1:
-            raise ValueError(f"below 1: {config}")
     return Plan(data["variant"], changed, configs, float(data["predicted_us"]) / 1e6)
 
 

@@ -1,4 +1,4 @@
-"""Which operators a model calls, with how many rows: what a bundle holds kernels for."""
+"""Which operators a model calls, at which sizes: what a bundle holds kernels for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from structc.attention import by_head
+from structc.codegen.triton.config import power_above
+from structc.codegen.triton.softmax import Shape
+from structc.softmax import Extras, Softmax
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,28 @@ class TileCall:
     rows: int
 
 
-def recorded(call: Callable[[], object]) -> tuple[TileCall, ...]:
-    """The calls of tile programs, each once, in order; dense products with an activation too.
+@dataclass(frozen=True)
+class AttentionCall:
+    """Attention as a model calls it.
+
+    Attributes:
+        shape: what its source is for.
+        dtype: of q, k and v.
+        queries, keys: of a head, in powers of two.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    queries: int
+    keys: int
+
+
+Call = TileCall | AttentionCall
+
+
+def recorded(call: Callable[[], object]) -> tuple[Call, ...]:
+    """The calls of tile programs and of attention, each once, in order; dense products with an
+    activation too.
 
     Args:
         call: runs the model on inputs of the sizes that it will see.
@@ -47,7 +72,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[TileCall] = []
+        self.found: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.structc.tile.default:
@@ -55,6 +80,11 @@ class _Recorder(TorchDispatchMode):
             self._add(program, x)
         elif func is torch.ops.structc.dense.default:
             self._dense(*args, **(kwargs or {}))
+        elif func is torch.ops.structc.attention.default:
+            self._attention(*args)
+        elif func is torch.ops.structc.attention_by_head.default:
+            with self:  # its methods call attention in turn
+                return _by_head(*args)
         return func(*args, **(kwargs or {}))
 
     def _dense(
@@ -64,10 +94,21 @@ class _Recorder(TorchDispatchMode):
             n, m = weight.shape if transposed else weight.shape[::-1]
             self._add(dense_program(n, m, act, bias is not None), x)
 
+    def _attention(self, q: Any, k: Any, v: Any, *rest: Any) -> None:
+        *extras, form = rest
+        shape = Shape.of(Softmax.parse(form), q.shape[-1], v.shape[-1], Extras(*extras))
+        if q.numel() and k.numel():
+            sizes = power_above(q.shape[2]), power_above(k.shape[2])
+            self.found.append(AttentionCall(shape, q.dtype, *sizes))
+
     def _add(self, program: str, x: Any) -> None:
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
         if rows:
             self.found.append(TileCall(program, x.dtype, rows))
+
+
+def _by_head(q: Any, k: Any, v: Any, keys: Any, form: str, heads: str) -> Any:
+    return by_head.by_head(q, k, v, keys, Softmax.parse(form), heads)
 
 
 def dense_program(n: int, m: int, act: str, bias: bool) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from structc.codegen.program import Stage
 
@@ -92,6 +93,20 @@ _WHOLE = (
     (8, 256, 1, 4, 1), (4, 512, 1, 4, 1), (1, 1024, 1, 4, 1), (128, 32, 1, 4, 1),
 )  # fmt: skip
 """Tiles of what goes entry by entry."""
+
+
+def checked(data: Mapping[str, Any]) -> Config:
+    """A config from plain data.
+
+    Errors: ``KeyError``, ``TypeError``, ``ValueError`` for what is none.
+    """
+    config = Config(**{f.name: int(data[f.name]) for f in fields(Config)})
+    sizes = (config.bm, config.bn, config.bk, config.groups, config.warps)
+    if any(n < 1 or n & (n - 1) for n in sizes):
+        raise ValueError(f"no powers of two: {config}")
+    if config.split < 1 or config.stages < 1:
+        raise ValueError(f"below 1: {config}")
+    return config
 
 
 def multiplies(stage: Stage, config: Config) -> bool:

@@ -19,7 +19,7 @@ from structc.codegen.triton.device import name_here
 from structc.codegen.triton.entry import Entry
 from structc.codegen.triton.polynomial_source import LENGTHS, POINTERS, SOURCE, STRIDES
 from structc.codegen.triton.spilled import usable
-from structc.codegen.triton.tile import DTYPES, dot_dtype
+from structc.codegen.triton.tile import DTYPES, dot_dtype, rounds
 from structc.records import Refusal
 
 WIDEST = 128
@@ -121,6 +121,11 @@ def product_of(dtype: torch.dtype) -> Any:
     In float16 sums over all keys have no room: they are float32, multiplied with 10 bits.
     """
     return dot_dtype(torch.float32 if dtype == torch.float16 else dtype)
+
+
+def ten_bits(dtype: torch.dtype) -> bool:
+    """Whether factors are rounded so far: those of float16 are, and float32's where one may."""
+    return dtype == torch.float16 or rounds(dtype)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -230,7 +235,7 @@ def _launch(
         grid = (heads * -(-_length(kernel, rows, numbers) // _side_of(kernel, config)),)
         getattr(module, f"polynomial_{kernel}")[grid](
             *tensors, *strides, *numbers, **_tiles(kernel, config), **sizes, DOT=product_of(dtype),
-            TF32=dtype == torch.float16, num_warps=config.warps, num_stages=config.stages,
+            TF32=ten_bits(dtype), num_warps=config.warps, num_stages=config.stages,
             **load.FUSED,
         )  # fmt: skip
         return True

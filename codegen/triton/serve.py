@@ -15,14 +15,14 @@ from torch import Tensor
 
 from structc import ops
 from structc.codegen.program import Program
-from structc.codegen.triton import load, timing
-from structc.codegen.triton.attempt import Attempts
+from structc.codegen.triton import load
+from structc.codegen.triton.attempt import Attempts, Tuned
 from structc.codegen.triton.calls import dense_program
 from structc.codegen.triton.config import power_above
 from structc.codegen.triton.device import running
 from structc.codegen.triton.plan import Plan, plans, room
 from structc.codegen.triton.targets import GpuTarget
-from structc.codegen.triton.tile import DTYPES, TritonTile, analyse, make
+from structc.codegen.triton.tile import DTYPES, TritonTile, analyse, make, rounds
 from structc.forms import Tile
 from structc.records import Refusal
 from structc.reference import tile_reference
@@ -49,8 +49,8 @@ class Served:
     program: Program
     dtype: torch.dtype
     target: GpuTarget
-    tuned: Mapping[int, Tuned] = field(default_factory=dict)
-    found: dict[int, Attempts[TritonTile]] = field(default_factory=dict)
+    tuned: Mapping[int, Tuned[Plan]] = field(default_factory=dict)
+    found: dict[tuple[int, bool], Attempts[TritonTile]] = field(default_factory=dict)
 
     def __call__(
         self, x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()
@@ -63,11 +63,8 @@ class Served:
         attempts = self.attempts(x.shape[0])
         with torch.cuda.device_of(x):  # Triton launches on the current one
             tuned = self.tuned.get(bucket_of(x.shape[0]))
-            if tuned is not None and tuned.open:
-                tuned.open = False
-                first = attempts.ways[: len(tuned.plans)]
-                order = timing.ordered(first, lambda kernel: kernel(x, weights, others))
-                attempts.ways[: len(first)] = order
+            if tuned is not None:
+                tuned.settle(attempts, lambda kernel: kernel(x, weights, others))
             y = attempts.run(lambda kernel: kernel(x, weights, others))
         if y is None:
             return tile_reference(x, weights, str(self.form), others).contiguous()
@@ -75,34 +72,23 @@ class Served:
 
     def attempts(self, rows: int) -> Attempts[TritonTile]:
         """The kernels for so many rows, the best first."""
-        bucket = bucket_of(rows)
-        if bucket not in self.found:
-            ways = [make(self.form, self.dtype, plan) for plan in self.plans(bucket)]
+        bucket, tf32 = bucket_of(rows), rounds(self.dtype)
+        if (bucket, tf32) not in self.found:
+            some = self.plans(bucket, tf32)
+            ways = [make(self.form, self.dtype, plan, tf32=tf32) for plan in some]
             able = [way for way in ways if not isinstance(way, Refusal)]
-            self.found[bucket] = Attempts(f"{self.form} in {self.dtype}", able)
-        return self.found[bucket]
+            self.found[bucket, tf32] = Attempts(f"{self.form} in {self.dtype}", able)
+        return self.found[bucket, tf32]
 
-    def plans(self, bucket: int) -> Sequence[Plan]:
+    def plans(self, bucket: int, tf32: bool = False) -> Sequence[Plan]:
         """Ways to run so many rows, the best first: tuned ones, or as predicted."""
-        ranked = plans(self.program, bucket, DTYPES[self.dtype], self.target, many=MANY)
-        own = self.tuned[bucket].plans if bucket in self.tuned else ()
+        word = "tf32" if tf32 else DTYPES[self.dtype]
+        ranked = plans(self.program, bucket, word, self.target, many=MANY)
+        own = self.tuned[bucket].ways if bucket in self.tuned else ()
         return [*own, *(plan for plan in ranked if str(plan) not in map(str, own))]
 
 
-@dataclass
-class Tuned:
-    """Plans that a bundle brought.
-
-    Attributes:
-        plans: the best first.
-        open: whether the first call times them, on its own inputs, and puts them in order.
-    """
-
-    plans: tuple[Plan, ...]
-    open: bool = False
-
-
-TUNED: dict[tuple[str, torch.dtype], dict[int, Tuned]] = {}
+TUNED: dict[tuple[str, torch.dtype], dict[int, Tuned[Plan]]] = {}
 """By program and dtype, then by rows."""
 
 

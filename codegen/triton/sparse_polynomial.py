@@ -150,7 +150,7 @@ def apply(
         grid = (-(-q.shape[2] // config.bm) * q.shape[0] * q.shape[1],)
         module.sparse_polynomial[grid](
             *tensors, *strides, *numbers, **config.constexprs(("BM", "BN", "BK")), **sizes,
-            DOT=polynomial.product_of(q.dtype), TF32=q.dtype == torch.float16,
+            DOT=polynomial.product_of(q.dtype), TF32=polynomial.ten_bits(q.dtype),
             num_warps=config.warps, num_stages=config.stages, **load.FUSED,
         )  # fmt: skip
         return True

@@ -32,9 +32,10 @@ def spills(key: str, config: Config, dtype: str, target: str) -> bool:
     Args:
         key: kind of a stage, or a kernel with the width of a head: ``"monarch_left 64"``.
         config: its config.
-        dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        dtype: ``"bf16"``, ``"fp16"``, ``"fp32"``, or ``"tf32"``, which counts as that.
         target: name of a GPU.
     """
+    dtype = "fp32" if dtype == "tf32" else dtype
     return str(config) in _table().get(target, {}).get(dtype, {}).get(key, ())
 
 

@@ -102,6 +102,16 @@ class TritonTile:
         launch.function[grid](*given, rows, **sizes, num_warps=warps, num_stages=stages, **FUSED)
 
 
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether float32 factors may be rounded to 10 bits: as ``torch.set_float32_matmul_precision``
+    says of PyTorch's own products, ``"highest"`` (its default) or less.
+
+    >>> rounds(torch.float32), rounds(torch.bfloat16)
+    (False, False)
+    """
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
 def dot_dtype(dtype: torch.dtype) -> Any:
     """What factors are multiplied in: their own, but for bfloat16 under Triton's interpreter, which
     multiplies its bits."""

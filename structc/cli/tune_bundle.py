@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def bundle_answer(
     """The answer: what became of each program that the compiled model calls."""
 
     from structc.codegen.triton import bundle
-    from structc.codegen.triton.calls import TileCall, recorded
+    from structc.codegen.triton.calls import recorded
     from structc.codegen.triton.targets import target_of
 
     gpu = target_of(target)
@@ -46,9 +47,9 @@ def bundle_answer(
                 "dense products are left to the vendor's library.",
             )
         if own is not None:
-            calls = tuple(TileCall(c.program, own, c.rows) for c in calls)
+            calls = tuple(replace(c, dtype=own) for c in calls)
         found = bundle.build(calls, gpu, out, progress=named(progress, "bundle"))
-    data = {"bundle": str(out), "target": gpu.name, "gpu": gpu.gpu, "programs": _rows(found)}
+    data = {"bundle": str(out), "target": gpu.name, "gpu": gpu.gpu, **_rows(found)}
     return Answer(data, "\n".join(_lines(data)))
 
 
@@ -68,25 +69,29 @@ def _compiled(model: str, artifact: Path | None, text: TextOptions, *, trust: bo
         return structc.compile(source.model, source.example_inputs, effort="none"), example
 
 
-def _rows(found: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            "program": one.call.program,
-            "dtype": str(one.call.dtype).removeprefix("torch."),
-            "rows": one.call.rows,
-            "refusal": one.refusal,
-            "plans": list(one.plans),
-        }
-        for one in found
-    ]
+def _rows(found: Any) -> dict[str, list[dict[str, Any]]]:
+    from structc.codegen.triton.bundle_attention import BuiltAttention
+
+    rows: dict[str, list[dict[str, Any]]] = {"programs": [], "attention": []}
+    for one in found:
+        told = {"dtype": str(one.call.dtype).removeprefix("torch."), "refusal": one.refusal}
+        if isinstance(one, BuiltAttention):
+            configs = [str(c) for c in one.configs]
+            told |= {"queries": one.call.queries, "keys": one.call.keys, "configs": configs}
+            rows["attention"].append({"form": str(one.call.shape.form), **told})
+        else:
+            told |= {"rows": one.call.rows, "plans": list(one.plans)}
+            rows["programs"].append({"program": one.call.program, **told})
+    return rows
 
 
 def _lines(data: dict[str, Any]) -> list[str]:
     rows = data["programs"]
     kept = [r for r in rows if r["plans"]]
+    seen = [r for r in data["attention"] if r["configs"]]
     lines = [
-        f"{data['bundle']}: kernels of {len(kept)} programs for {data['target']} ({data['gpu']}), "
-        "compiled; nothing was timed.",
+        f"{data['bundle']}: kernels of {len(kept)} programs and {len(seen)} attentions for "
+        f"{data['target']} ({data['gpu']}), compiled; nothing was timed.",
         "model us: what a cost model predicts of the first plan, and of the one to hold it "
         "against.",
         "",
@@ -97,5 +102,11 @@ def _lines(data: dict[str, Any]) -> list[str]:
         lines.append(f"{row['rows']:>6} {row['dtype']:<8} {told:>16}  {row['program'][:100]}")
         if row["refusal"]:
             lines.append(f"{'':>33}{row['refusal']}")
+    if data["attention"]:
+        lines += ["", f"{'queries':>7} {'keys':>6} {'dtype':<8}  attention, its first config"]
+    for row in data["attention"]:
+        told = row["configs"][0] if row["configs"] else row["refusal"]
+        sizes = f"{row['queries']:>7} {row['keys']:>6} {row['dtype']:<8}"
+        lines.append(f"{sizes}  {row['form']}, {told}")
     lines += ["", "On that GPU:", f"    structc.use_bundle({data['bundle']!r})"]
     return lines

@@ -11,26 +11,34 @@ import pytest
 import torch
 
 import structc
-from structc import ops
+from structc import attend, ops
+from structc.attention import WindowSinks
+from structc.attention.by_head import HeadGroup, text_of
 from structc.codegen.cpu.samples import sample
-from structc.codegen.triton import aot, bundle, serve, timing
-from structc.codegen.triton.calls import TileCall, recorded
+from structc.codegen.triton import aot, attention, bundle, bundle_attention, serve, timing
+from structc.codegen.triton.bundle_attention import BuiltAttention
+from structc.codegen.triton.calls import AttentionCall, TileCall, recorded
 from structc.codegen.triton.serve import TUNED, bucket_of
+from structc.codegen.triton.softmax import Shape
 from structc.codegen.triton.targets import target_of
 from structc.errors import ConfigError
 from structc.forms import Convolve, Tile
 from structc.reference import tile_reference
+from structc.softmax import NOTHING, Extras, Softmax, softmax_reference
 
 MONARCH = "block(4,12,10,1) permute(4,12) block(12,5,4,1) bias(60)"
+CAUSAL = Shape(Softmax(0.25, causal=True), 16, 16)
 CALLS = (
     TileCall(MONARCH, torch.bfloat16, 37),
     TileCall(MONARCH, torch.bfloat16, 60),  # the same number of rows, in powers of two
     TileCall(str(Tile((Convolve.circulant(1 << 17),))), torch.float32, 5),
+    AttentionCall(CAUSAL, torch.bfloat16, 64, 64),
+    AttentionCall(Shape(Softmax(0.1), 300, 16), torch.float32, 64, 64),
 )
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bundle.Built]]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("bundle") / "one"
     return folder, bundle.build(CALLS, target_of("cuda:90"), folder)
 
@@ -43,6 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     monkeypatch.setitem(ops.BACKENDS, "cpu", serve.__name__)
     monkeypatch.setattr(serve, "TUNED", TUNED)
+    monkeypatch.setattr(attention, "TUNED", {})
     ops.detach_all()
     TUNED.clear()
     yield tmp_path / "cache"
@@ -50,10 +59,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     TUNED.clear()
 
 
-def test_what_a_bundle_holds(built: tuple[Path, list[bundle.Built]]) -> None:
+def test_what_a_bundle_holds(built: tuple[Path, list[Any]]) -> None:
     folder, found = built
-    assert [len(b.plans) for b in found] == [bundle.MANY, 0]
-    assert "the FFT is a library's" in found[1].refusal and not found[0].refusal
+    one, other, causal, wide = found
+    assert isinstance(one, bundle.Built) and isinstance(other, bundle.Built)
+    assert (len(one.plans), len(other.plans)) == (bundle.MANY, 0)
+    assert "the FFT is a library's" in other.refusal and not one.refusal
+    assert isinstance(causal, BuiltAttention) and len(causal.configs) == 2 and not causal.refusal
+    assert isinstance(wide, BuiltAttention) and not wide.configs and "300" in wide.refusal
     data = json.loads((folder / bundle.MANIFEST).read_text())
     (entry,) = data["programs"]
     assert (data["target"], entry["program"], entry["rows"]) == ("cuda:90", MONARCH, 64)
@@ -64,12 +77,16 @@ def test_what_a_bundle_holds(built: tuple[Path, list[bundle.Built]]) -> None:
 
 
 def test_a_gpu_machine_compiles_nothing(
-    built: tuple[Path, list[bundle.Built]], cache: Path, tmp_path: Path
+    built: tuple[Path, list[Any]], cache: Path, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(built[0], tmp_path / "elsewhere")
-    assert structc.use_bundle(moved) == 1
-    plans = TUNED[MONARCH, torch.bfloat16][64].plans
+    assert structc.use_bundle(moved) == 2
+    plans = TUNED[MONARCH, torch.bfloat16][64].ways
     jobs = [j for p in plans for j in bundle._jobs(p, torch.bfloat16, target_of("cuda:90"))]
+    (call,) = attention.TUNED
+    own = attention.TUNED[call].ways
+    assert call == CALLS[3] and len(own) == 2
+    jobs += [bundle_attention._job(call, config, target_of("cuda:90")) for config in own]
     shutil.rmtree(moved)
     found = aot.compiled(jobs, cache=cache)
     assert len(found) == len(jobs) and all(m.cached and m.status == "ok" for m in found)
@@ -79,7 +96,7 @@ def test_a_gpu_machine_compiles_nothing(
     assert other.status == "ok" and not other.cached
 
 
-def test_its_plans_are_what_runs(built: tuple[Path, list[bundle.Built]], cache: Path) -> None:
+def test_its_plans_are_what_runs(built: tuple[Path, list[Any]], cache: Path) -> None:
     inputs, weights = sample(Tile.parse(MONARCH), rows=40, dtype=torch.bfloat16)
     ops.tile(inputs, weights, MONARCH)  # found before there was a bundle
     structc.use_bundle(built[0])
@@ -88,11 +105,11 @@ def test_its_plans_are_what_runs(built: tuple[Path, list[bundle.Built]], cache: 
     served = ops._KERNELS[ops.tile_key(MONARCH, torch.bfloat16)][0][2]
     assert isinstance(served, serve.Served)
     first = served.attempts(40).ways[0]
-    assert str(first.plan) == str(TUNED[MONARCH, torch.bfloat16][64].plans[0])
+    assert str(first.plan) == str(TUNED[MONARCH, torch.bfloat16][64].ways[0])
 
 
 def test_the_first_call_may_rank_them_anew(
-    built: tuple[Path, list[bundle.Built]], cache: Path, monkeypatch: pytest.MonkeyPatch
+    built: tuple[Path, list[Any]], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
 
@@ -109,8 +126,36 @@ def test_the_first_call_may_rank_them_anew(
     assert seen == [bundle.MANY]
     served = ops._KERNELS[ops.tile_key(MONARCH, torch.bfloat16)][0][2]
     assert isinstance(served, serve.Served)
-    plans = TUNED[MONARCH, torch.bfloat16][64].plans
+    plans = TUNED[MONARCH, torch.bfloat16][64].ways
     assert [str(w.plan) for w in served.attempts(40).ways[:2]] == [str(p) for p in plans[::-1]]
+
+
+def test_attention_takes_its_configs(
+    built: tuple[Path, list[Any]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def ordered(ways: list[Any], call: Any) -> list[Any]:
+        seen.append(len(ways))
+        call(ways[0])
+        return ways[::-1]
+
+    monkeypatch.setattr(timing, "ordered", ordered)
+    monkeypatch.setitem(attend.BACKENDS, "cpu", attention.__name__)
+    attention.source_of.cache_clear()
+    structc.use_bundle(built[0], rerank=True)
+    q, k, v = torch.randn(3, 1, 2, 50, 16).bfloat16().unbind(0)
+    for _ in range(2):
+        o, _ = attend.attention(q, k, v, CAUSAL.form)
+    want = softmax_reference(q.double(), k.double(), v.double(), CAUSAL.form, NOTHING)[0]
+    torch.testing.assert_close(o.double(), want, rtol=3e-2, atol=3e-2)
+    assert seen == [2]
+    (call,) = attention.TUNED
+    source = attention.source_of(CAUSAL, torch.bfloat16, "cuda:90")
+    ways = source.left["forward", 64, 64].ways
+    assert tuple(ways[:2]) == attention.TUNED[call].ways[::-1]
+    attend.forget()
+    attention.source_of.cache_clear()
 
 
 def test_order_by_the_clock() -> None:
@@ -142,22 +187,23 @@ def test_order_by_the_clock() -> None:
             "nonsense",
         ),
         ({"programs": 3}, "damaged"),
+        ({"attention": [{"shape": 5}]}, "damaged: TypeError"),
     ],
 )
 def test_damaged_bundles(
-    built: tuple[Path, list[bundle.Built]], cache: Path, tmp_path: Path, change: Any, told: str
+    built: tuple[Path, list[Any]], cache: Path, tmp_path: Path, change: Any, told: str
 ) -> None:
     copy = shutil.copytree(built[0], tmp_path / "copy")
     data = json.loads((copy / bundle.MANIFEST).read_text())
     (copy / bundle.MANIFEST).write_text(json.dumps({**data, **change}))
     with pytest.raises(ConfigError, match=told):
         structc.use_bundle(copy)
-    assert not TUNED and not cache.exists()
+    assert not TUNED and not attention.TUNED and not cache.exists()
 
 
 @pytest.mark.parametrize("change", [{"bm": 24}, {"bm": 0}, {"split": 0}])
 def test_configs_that_no_kernel_takes(
-    built: tuple[Path, list[bundle.Built]], cache: Path, tmp_path: Path, change: Any
+    built: tuple[Path, list[Any]], cache: Path, tmp_path: Path, change: Any
 ) -> None:
     copy = shutil.copytree(built[0], tmp_path / "copy")
     data = json.loads((copy / bundle.MANIFEST).read_text())
@@ -192,3 +238,18 @@ def test_what_a_model_calls() -> None:
         TileCall("block(1,5,8,1) bias(5) act(relu,5)", torch.float32, 6),
     )
     assert bucket_of(6) == 8
+
+
+def test_which_attention_a_model_calls() -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 8).unbind(0)
+    form = Softmax(0.3, causal=True)
+    own = HeadGroup(WindowSinks(4, 1, is_causal=True), (0,), 16, 4096)
+
+    def call() -> None:
+        attend.attention(q, k, v, form, Extras(keys=torch.ones(1, 20, dtype=torch.bool)))
+        torch.ops.structc.attention_by_head(q, k, v, None, str(form), text_of([own]))
+
+    padded, first, second = recorded(call)
+    assert isinstance(padded, AttentionCall) and padded.shape.shown and padded.queries == 32
+    assert isinstance(first, AttentionCall) and first.shape.form.window == 4
+    assert isinstance(second, AttentionCall) and not second.shape.form.window

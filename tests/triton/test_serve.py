@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from structc.codegen.cpu.samples import sample
 from structc.codegen.triton import attempt, device, load, serve
 from structc.codegen.triton.attempt import Attempts
 from structc.codegen.triton.plan import plans
-from structc.codegen.triton.tile import TritonTile
+from structc.codegen.triton.tile import TritonTile, rounds
 from structc.forms import Tile
 from structc.numerics import relative_error
 from structc.records import Refusal
@@ -46,7 +47,31 @@ def test_tile_runs_on_triton() -> None:
     (entries,) = ops.attached().values()
     assert entries == [(1, "triton")]
     served = ops._KERNELS[ops.tile_key(MONARCH, torch.float32)][0][2]
-    assert isinstance(served, serve.Served) and set(served.found) == {1, 8, 64}
+    assert isinstance(served, serve.Served) and {rows for rows, _ in served.found} == {1, 8, 64}
+
+
+@pytest.fixture
+def rounding() -> Any:
+    """As a user says that float32 products may be rounded."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_pytorchs_setting_of_float32_products_holds(rounding: Any) -> None:
+    inputs, weights = given(MONARCH, 5)
+    ops.tile(inputs, weights, MONARCH)
+    served = ops._KERNELS[ops.tile_key(MONARCH, torch.float32)][0][2]
+    torch.set_float32_matmul_precision("highest")
+    ops.tile(inputs, weights, MONARCH)
+    assert isinstance(served, serve.Served) and set(served.found) == {(8, True), (8, False)}
+    for (_, tf32), attempts in served.found.items():
+        functions = [x.function for some in attempts.ways[0].launches for x in some]
+        text = Path(functions[0].fn.__code__.co_filename).read_text()
+        assert ('"tf32"' in text) == tf32
+    half, _ = given(MONARCH, 5, torch.bfloat16)
+    assert not rounds(half[0].dtype)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
