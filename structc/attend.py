@@ -3,8 +3,9 @@
 ``structc::attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? lags, Tensor? keys,
 Tensor? blocks, Tensor? sink, str form) -> (Tensor, Tensor)`` gives the output and the natural
 logarithm of each row's sum of exponentials; what the inputs are stands in
-:class:`structc.softmax.Extras`. Heads of keys may be fewer than heads of queries; each then serves
-a group of neighbours.
+:class:`structc.softmax.Extras`. ``structc::attention_backward`` gives the gradients of q, k and v,
+so that a traced gradient runs on kernels too. Heads of keys may be fewer than heads of queries;
+each then serves a group of neighbours.
 
 The kernel of a dtype is looked for once, when the first call needs it; where there is none the
 reference runs (:mod:`structc.softmax`).
@@ -13,7 +14,7 @@ reference runs (:mod:`structc.softmax`).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -155,21 +156,47 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     *saved, o, lse = ctx.saved_tensors
     rest = iter(saved)
     tensors = [next(rest) if given else None for given in ctx.given]
-    form, extras = Softmax.parse(ctx.form), Extras(*tensors[3:])
-    q, k, v = (t for t in tensors[:3] if t is not None)
-    plain = not torch.is_grad_enabled() and not any(ctx.needs_input_grad[3:8])
-    if plain and -torch.inf < form.fill < 0 and not torch._C._len_torch_dispatch_stack():
+    if torch.is_grad_enabled() or any(ctx.needs_input_grad[3:8]):
+        return (*_through(tensors, Softmax.parse(ctx.form), grad_o, grad_lse), None)
+    given = (*tensors, o, lse, grad_o, grad_lse, ctx.form)
+    if ops.watched([t for t in (*tensors, grad_o) if t is not None]):
+        found = torch.ops.structc.attention_backward(*given)
+    else:
+        found = _gradients(*given)
+    return (*found, *[None] * 6)
+
+
+def _gradients(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v: by a kernel, or else in the memory of some queries' scores."""
+    *tensors, o, lse, grad_o, grad_lse, text = given
+    form, extras = Softmax.parse(text), Extras(*tensors[3:])
+    q, k, v = tensors[:3]
+    if -torch.inf < form.fill < 0:
         faint = faint_rows(lse, form, q.dtype)
         if by_rule(extras):  # rows without keys are means of all values
             faint = faint & (lse != -torch.inf)
-        plain = not bool(faint.any())
-    if plain:
-        call = (q, k, v, form, extras, o, lse, grad_o, grad_lse)
-        grads = None
-        if not ops.watched((q, k, v, grad_o)):  # a tracer has no memory to write to
-            fast = getattr(kernel_for(q.device.type, q.dtype), "backward", None)
-            grads = None if fast is None else fast(*call)
-        return (*(grads or softmax_backward(*call)), *[None] * 6)
+        if bool(faint.any()):
+            dq, dk, dv, *_ = _through(tensors, form, grad_o, grad_lse)
+            assert dq is not None and dk is not None and dv is not None
+            return dq, dk, dv
+    call = (q, k, v, form, extras, o, lse, grad_o, grad_lse)
+    fast = getattr(kernel_for(q.device.type, q.dtype), "backward", None)
+    grads = None if fast is None else fast(*call)
+    return grads or softmax_backward(*call)
+
+
+def _gradients_impl(*given: Any) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() for t in _gradients(*given))
+
+
+def _gradients_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _through(
+    tensors: Sequence[Tensor | None], form: Softmax, grad_o: Tensor, grad_lse: Tensor
+) -> list[Tensor | None]:
+    """Gradients of all tensors through the reference, which has a gradient in turn."""
     leaves = [
         None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors
     ]
@@ -181,7 +208,7 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         outputs = softmax_reference(a, b, c, form, Extras(*leaves[3:]))
     if not outputs[0].requires_grad:  # there are no queries, so nothing was computed from anything
         none = [None if t is None else torch.zeros_like(t) for t in tensors]
-        return (*[t if t is not None and t.is_floating_point() else None for t in none], None)
+        return [t if t is not None and t.is_floating_point() else None for t in none]
     able = [t for t in leaves if t is not None and t.requires_grad]
     both = 2 if outputs[1].requires_grad else 1  # sums of rows do not come from v
     given = torch.autograd.grad(
@@ -192,9 +219,16 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         create_graph=torch.is_grad_enabled(),
     )
     found_of = dict(zip(map(id, able), given, strict=True))
-    return (*[None if t is None else found_of.get(id(t)) for t in leaves], None)
+    return [None if t is None else found_of.get(id(t)) for t in leaves]
 
 
+ops._LIB.define(
+    f"{_NAME}_backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? lags, Tensor? keys, "
+    "Tensor? blocks, Tensor? sink, Tensor o, Tensor lse, Tensor grad_o, Tensor grad_lse, str form) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+ops._LIB.impl(f"{_NAME}_backward", _gradients_impl, "CompositeExplicitAutograd")
+torch.library.register_fake(f"structc::{_NAME}_backward", _gradients_fake, lib=ops._LIB)
 ops._LIB.impl(_NAME, _attention, "CompositeExplicitAutograd")
 torch.library.register_fake(f"structc::{_NAME}", _attention_fake, lib=ops._LIB)
 torch.library.register_autograd(f"structc::{_NAME}", _backward, setup_context=_setup, lib=ops._LIB)

@@ -28,7 +28,7 @@ def chained(program: Program) -> Program:
     >>> from structc.codegen.program import stages_of
     >>> from structc.forms import Tile
     >>> import torch
-    >>> form = Tile.parse("block(16,16,16,1) block(4,32,16,4) block(1,32,64,16)")
+    >>> form = Tile.parse("block(16,16,16,1) block(4,16,16,4) block(1,16,16,16)")
     >>> [(s.kind, len(s.inner)) for s in chained(stages_of(form, torch.float16)).stages]
     [('chain', 2)]
     """

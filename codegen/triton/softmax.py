@@ -91,7 +91,7 @@ class Shape:
 def emit(shape: Shape) -> str:
     """The source of forward and backward.
 
-    >>> print(emit(Shape(Softmax(0.5), 16, 16)).splitlines()[4])
+    >>> print(emit(Shape(Softmax(0.5), 16, 16)).splitlines()[6])
     @triton.jit(do_not_specialize=["heads", "share", "queries", "keys", "offset"])
     """
     parts = [_forward(shape), _for_queries(shape), _for_keys(shape)]

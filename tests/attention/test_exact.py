@@ -150,6 +150,30 @@ def test_the_operator_passes_opcheck() -> None:
         torch.library.opcheck(torch.ops.structc.attention.default, (q, k, v, *extras, form))
 
 
+def test_a_traced_gradient_is_one_operator() -> None:
+    """So that it runs on whatever computes gradients of attention where it runs."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    f = torch.compile(
+        lambda q, k, v: exact(q, k, v, is_causal=True, window=5, sinks=1).square(),
+        backend=aot_autograd(fw_compiler=keep, bw_compiler=keep),
+    )
+    given = [t.requires_grad_() for t in qkv(9, 9)]
+    f(*given).sum().backward()
+    assert any("structc.attention_backward" in str(n.target) for n in graphs[1].graph.nodes)
+    plain = [t.detach().requires_grad_() for t in given]
+    exact(*plain, is_causal=True, window=5, sinks=1).square().sum().backward()
+    for a, b in zip(given, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_torch_compile_takes_it() -> None:
     q, k, v = qkv()
     f = torch.compile(lambda q, k, v: exact(q, k, v, is_causal=True) * 2, backend="aot_eager")
