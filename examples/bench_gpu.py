@@ -164,6 +164,41 @@ def attention_cases(device: str, dtype: torch.dtype, *, tiny: bool) -> Iterator[
             )
 
 
+def method_cases(device: str, dtype: torch.dtype, *, tiny: bool) -> Iterator[Case]:
+    """Attention methods against SDPA on the same q, k and v, whose attention they approximate."""
+    from structc.attention import Monarch, Polynomial, SparseLowRank
+
+    b, h, n, d = (1, 2, 33, 8) if tiny else (2, 16, 8192, 64)
+    q, k, v = (torch.randn(b, h, n, d, device=device).to(dtype) for _ in range(3))
+    scale, block = 0.3 / d, 4 if tiny else 64
+    methods: dict[str, tuple[Any, bool]] = {
+        "polynomial of degree 2": (Polynomial(2, scale=scale), True),
+        "polynomial of degree 2, causal": (Polynomial(2, is_causal=True, scale=scale), True),
+        "window + polynomial, causal": (SparseLowRank(128, 4, is_causal=True, scale=scale), False),
+        f"Monarch, blocks of {block}": (Monarch(block, 2), False),
+    }
+    for name, (method, graded) in methods.items():
+        causal = bool(method.is_causal)
+
+        def ours(m: Any = method, s: Any = (q, k, v)) -> Sequence[Tensor]:
+            return [m(*s)]
+
+        def want(m: Any = method, s: Any = (q, k, v)) -> Sequence[Tensor]:
+            return [m(*(t.double() for t in s))]
+
+        def sdpa(c: bool = causal, s: Any = (q, k, v)) -> Tensor:
+            return F.scaled_dot_product_attention(*s, is_causal=c)
+
+        yield Case(f"{name}, n {n}, d {d}", ours, want, {"SDPA": sdpa})
+        if graded:
+            yield Case(
+                f"{name}, n {n}, gradients",
+                lambda m=method, s=(q, k, v): gradients(m, s),
+                lambda m=method, s=(q, k, v): gradients(m, s, wide=True),
+                {"SDPA": lambda f=sdpa, s=(q, k, v): gradients(lambda *t: f(s=t), s)},
+            )
+
+
 def seen(n: int, rule: dict[str, Any], device: str) -> Tensor:
     """The mask that SDPA needs where it has no rule."""
     i = torch.arange(n, device=device)
@@ -267,17 +302,20 @@ def table(rows: Sequence[Row], *, gate: bool) -> str:
 def interpreted() -> Iterator[None]:
     """The CPU's operators look for Triton's kernels; under the interpreter, they run."""
     from structc import attend, ops
+    from structc.attention import kernels
 
-    before = dict(ops.BACKENDS), dict(attend.BACKENDS)
-    ops.BACKENDS["cpu"], attend.BACKENDS["cpu"] = ops.BACKENDS["cuda"], attend.BACKENDS["cuda"]
+    tables = (ops.BACKENDS, attend.BACKENDS, kernels.BACKENDS)
+    before = [dict(found) for found in tables]
+    for found in tables:
+        found["cpu"] = found["cuda"]
     attend.forget()
     ops.search_again()
     try:
         yield
     finally:
-        for table_, old in zip((ops.BACKENDS, attend.BACKENDS), before, strict=True):
-            table_.clear()
-            table_.update(old)
+        for found, old in zip(tables, before, strict=True):
+            found.clear()
+            found.update(old)
         attend.forget()
         ops.search_again()
 
@@ -294,6 +332,8 @@ def run(arguments: argparse.Namespace) -> int:
         cases += tile_cases(device, dtype, tiny=not gpu)
     if arguments.only in ("", "attention"):
         cases += attention_cases(device, dtype, tiny=not gpu)
+    if arguments.only in ("", "methods"):
+        cases += method_cases(device, dtype, tiny=not gpu)
     if arguments.model:
         cases += model_cases(arguments.model, arguments.artifact, device)
     rows = [checked(case, TOLERANCE[arguments.dtype]) for case in cases]
@@ -320,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
-    parser.add_argument("--only", default="", choices=["", "tile", "attention", "model"])
+    parser.add_argument("--only", default="", choices=["", "tile", "attention", "methods", "model"])
     parser.add_argument("--model", default="", help="file.py:factory or a folder, with --artifact")
     parser.add_argument("--artifact", default="", help="what structc convert wrote of the model")
     parser.add_argument("--json", type=Path, help="write all numbers there")

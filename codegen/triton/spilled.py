@@ -44,7 +44,7 @@ def usable(
 ) -> list[Config]:
     """Configs in their order, those that are known to spill at the end.
 
-    A width that nobody compiled counts as the next one that somebody did.
+    A width that nobody compiled counts as the next one that somebody did, or as the widest.
 
     >>> some = [Config(64, 64, 1, 4, 2), Config(32, 32, 1, 4, 2)]
     >>> usable("no_kernel", 64, some, "bf16", "cuda:90") == some
@@ -52,7 +52,7 @@ def usable(
     """
     known = _table().get(target, {}).get(dtype, {})
     widths = sorted(int(k.rsplit(" ", 1)[1]) for k in known if k.rsplit(" ", 1)[0] == kernel)
-    own = next((w for w in widths if w >= width), width)
+    own = next((w for w in widths if w >= width), max(widths, default=width))
     return sorted(configs, key=lambda c: spills(f"{kernel} {own}", c, dtype, target))
 
 

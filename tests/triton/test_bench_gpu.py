@@ -12,6 +12,7 @@ from torch import Tensor
 
 from examples import bench_gpu
 from structc import attend, ops
+from structc.attention import kernels
 from structc.codegen.triton import attempt
 from structc.codegen.triton.tile import TritonTile
 
@@ -25,11 +26,11 @@ def no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_is_right(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = dict(ops.BACKENDS), dict(attend.BACKENDS)
+    before = dict(ops.BACKENDS), dict(attend.BACKENDS), dict(kernels.BACKENDS)
     assert bench_gpu.main(["--dtype", dtype, "--json", str(tmp_path / "gpu.json")]) == 0
-    assert before == (ops.BACKENDS, attend.BACKENDS)
+    assert before == (ops.BACKENDS, attend.BACKENDS, kernels.BACKENDS)
     data = json.loads((tmp_path / "gpu.json").read_text())
-    assert data["passed"] and not data["failures"] and len(data["rows"]) == 14
+    assert data["passed"] and not data["failures"] and len(data["rows"]) == 20
     assert all(0 <= row["error"] < bench_gpu.TOLERANCE[dtype] for row in data["rows"])
     assert not any(row["times"] for row in data["rows"])  # nothing was timed
     text = capsys.readouterr().out
