@@ -33,7 +33,8 @@ MOST = 256
 CONFIGS = (
     Config(64, 64, 1, 4, 2), Config(64, 32, 1, 4, 2), Config(32, 64, 1, 4, 2),
     Config(32, 32, 1, 4, 2), Config(32, 32, 1, 4, 1), Config(16, 32, 1, 4, 1),
-    Config(32, 16, 1, 4, 1), Config(16, 16, 1, 4, 1),
+    Config(32, 16, 1, 4, 1), Config(16, 16, 1, 16, 1), Config(16, 16, 1, 8, 1),
+    Config(16, 16, 1, 4, 1),
 )  # fmt: skip
 """Queries and keys of a tile, warps, stages."""
 POINTERS = {

@@ -29,10 +29,13 @@ CHUNK = 128
 CONFIGS = (
     Config(64, 64, 64, 4, 2), Config(64, 64, 32, 4, 2), Config(64, 32, 32, 4, 2),
     Config(32, 64, 32, 4, 2), Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 1),
-    Config(16, 32, 32, 4, 1), Config(16, 16, 16, 4, 1),
+    Config(32, 32, 16, 8, 1), Config(16, 32, 32, 4, 1), Config(16, 32, 16, 8, 1),
+    Config(32, 16, 16, 8, 1), Config(16, 16, 16, 8, 1), Config(16, 16, 16, 4, 1),
 )  # fmt: skip
 """Queries, keys and monomials of a tile, warps, stages."""
 KERNELS = tuple(POINTERS)
+SHARED = {"states": "bk", "outputs": "bm", "queries": "bm", "keys": "bn"}
+"""The side of a tile that programs of a head are cut by."""
 
 
 class Given(NamedTuple):
@@ -45,6 +48,7 @@ class Given(NamedTuple):
         f: coefficients, the constant first.
         causal, decay: what there is.
         chunk: tokens.
+        short: whether neither queries nor keys fill more than one.
     """
 
     places: Tensor
@@ -54,6 +58,7 @@ class Given(NamedTuple):
     causal: bool
     decay: bool
     chunk: int
+    short: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +74,11 @@ class PolynomialKernel:
         o = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
         z = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         q, k, v = (side(t) for t in (q, k, v))
-        before = states(k, v, given)
+        before = _needed(k, v, given)
         if before is None:
             return None
         tables = [given.places, given.weights, given.slopes, given.f]
-        done = _run("outputs", [q, k, v, *tables, *before, o, z], (q, k, v), given, q.dtype)
+        done = _run("outputs", [q, k, v, *tables, *before, o, z], (q, k, v), given)
         return (o, z) if done else None
 
     def backward(
@@ -93,13 +98,13 @@ class PolynomialKernel:
         dots = (grad.float() * o.float()).sum(-1)
         q, k, v, grad = (side(t) for t in (q, k, v, grad.to(q.dtype)))
         found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
-        before, behind = states(k, v, given), states(q, grad, given, (z, dots))
+        before, behind = _needed(k, v, given), _needed(q, grad, given, (z, dots))
         if before is None or behind is None:
             return None
         tables = [given.places, given.weights, given.slopes, given.f]
         inputs = [q, k, v, grad, z, dots, *tables]
         for kernel, sums, out in (("queries", before, found[:1]), ("keys", behind, found[1:])):
-            if not _run(kernel, [*inputs, *sums, *out], (q, k, v, grad), given, q.dtype):
+            if not _run(kernel, [*inputs, *sums, *out], (q, k, v, grad), given):
                 return None
         return found[0], found[1], found[2]
 
@@ -140,8 +145,10 @@ def given_of(q: Tensor, k: Tensor, rule: Rule, weights: Tensor, decay: Tensor | 
     weights = weights.to(q.device, torch.float32).contiguous()
     f = _coefficients(rule.a, q.device)
     slopes = weights if decay is None else decay.to(q.device, torch.float32).contiguous()
-    chunk = chunk_of(len(weights), max(q.shape[2], k.shape[2]), rule.causal)
-    return Given(places, weights, slopes, f, rule.causal, decay is not None, chunk)
+    length = max(q.shape[2], k.shape[2])
+    chunk = chunk_of(len(weights), length, rule.causal)
+    short = length <= chunk
+    return Given(places, weights, slopes, f, rule.causal, decay is not None, chunk, short)
 
 
 @functools.lru_cache(maxsize=32)
@@ -160,6 +167,15 @@ def _places(d: int, degree: int, device: torch.device) -> Tensor:
 def side(t: Tensor) -> Tensor:
     """Numbers of a head side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _needed(
+    x: Tensor, y: Tensor, given: Given, back: tuple[Tensor, Tensor] | None = None
+) -> list[Tensor] | None:
+    """The states of a call; none where all tokens are one chunk: nothing stands before it."""
+    if given.causal and given.short:
+        return [given.weights, given.weights]  # nothing reads them
+    return states(x, y, given, back)
 
 
 def states(
@@ -187,7 +203,7 @@ def states(
     tensors = [x, y, *(back or (mass, mass)), given.places, given.slopes, state, mass]
     numbers = [h, n, skip, chunk, chunks, count, x.shape[3], e]
     done = _launch(
-        "states", tensors, (x, y), numbers, x.dtype, DEGREE=len(given.places),
+        "states", count, tensors, (x, y), numbers, DEGREE=len(given.places),
         BACK=back is not None, DECAY=given.decay, WIDE=wide(e),
     )  # fmt: skip
     return [state, mass] if done else None
@@ -198,41 +214,45 @@ def wide(d: int) -> int:
     return max(DOT, power_above(d))
 
 
-def _run(
-    kernel: str, tensors: list[Tensor], inputs: Sequence[Tensor], given: Given, dtype: torch.dtype
-) -> bool:
+def _run(kernel: str, tensors: list[Tensor], inputs: Sequence[Tensor], given: Given) -> bool:
+    """Launch a kernel of queries or keys."""
     q, k, v = inputs[:3]
-    side = q if kernel == "keys" else k
-    chunk = given.chunk
+    summed = q if kernel == "keys" else k
     numbers = [
-        q.shape[1], q.shape[2], k.shape[2], chunk, -(-side.shape[2] // chunk),
+        q.shape[1], q.shape[2], k.shape[2], given.chunk, -(-summed.shape[2] // given.chunk),
         given.places.shape[1], q.shape[3], v.shape[3],
     ]  # fmt: skip
     return _launch(
-        kernel, tensors, inputs, numbers, dtype, DEGREE=len(given.places), CAUSAL=given.causal,
-        DECAY=given.decay, WD=wide(q.shape[3]), WIDE=wide(v.shape[3]),
+        kernel, (k if kernel == "keys" else q).shape[2], tensors, inputs, numbers,
+        DEGREE=len(given.places), CAUSAL=given.causal, DECAY=given.decay,
+        WD=wide(q.shape[3]), WIDE=wide(v.shape[3]),
     )  # fmt: skip
 
 
 def _launch(
     kernel: str,
+    many: int,
     tensors: list[Tensor],
     inputs: Sequence[Tensor],
     numbers: list[int],
-    dtype: torch.dtype,
     **sizes: Any,
 ) -> bool:
-    """Run a kernel with the first config that it runs with; False if there is none."""
+    """Run a kernel with the first config that it runs with; False if there is none.
+
+    Args:
+        kernel: of :data:`KERNELS`.
+        many: tokens or monomials of a head, which its programs share.
+        tensors, numbers: in order; strides of ``inputs`` stand between them.
+        sizes: compile-time arguments beside tiles.
+    """
     module = load.module_of(SOURCE)
     if isinstance(module, Refusal):
         return False
     strides = [t.stride(at) for t in inputs for at in range(3)]
-    heads, rows = inputs[0].shape[0] * inputs[0].shape[1], inputs[0].shape[2]
-    if kernel == "keys":
-        rows = inputs[1].shape[2]
+    heads, dtype = inputs[0].shape[0] * inputs[0].shape[1], inputs[0].dtype
 
     def call(config: Config) -> bool:
-        grid = (heads * -(-_length(kernel, rows, numbers) // _side_of(kernel, config)),)
+        grid = (heads * -(-many // getattr(config, SHARED[kernel])),)
         getattr(module, f"polynomial_{kernel}")[grid](
             *tensors, *strides, *numbers, **_tiles(kernel, config), **sizes, DOT=product_of(dtype),
             TF32=ten_bits(dtype), num_warps=config.warps, num_stages=config.stages,
@@ -242,15 +262,6 @@ def _launch(
 
     with torch.cuda.device_of(tensors[0]):
         return bool(_left(kernel, dtype, tuple(sorted(sizes.items()))).run(call))
-
-
-def _length(kernel: str, rows: int, numbers: list[int]) -> int:
-    """What programs of a head share: tokens, or monomials."""
-    return numbers[LENGTHS["states"].index("count")] if kernel == "states" else rows
-
-
-def _side_of(kernel: str, config: Config) -> int:
-    return {"states": config.bk, "keys": config.bn}.get(kernel, config.bm)
 
 
 def _tiles(kernel: str, config: Config) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from structc.codegen.triton import aot, load
+from structc.codegen.triton import aot, load, polynomial
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.attention import KERNELS
 from structc.codegen.triton.attention_table import CASES
@@ -20,11 +20,16 @@ from structc.codegen.triton.tile import DTYPES
 from structc.errors import ConfigError
 from structc.records import Refusal
 
+METHODS = (
+    "conv_basis", "monarch_right", "monarch_middle", "monarch_left", "sparse_polynomial",
+    *(f"polynomial_{kernel}" for kernel in polynomial.KERNELS),
+)  # fmt: skip
+
 
 @functools.cache
 def defaults() -> list[dict[str, Any]]:
-    """The default configs in bfloat16, compiled: every kernel, attention in two of its forms."""
-    left = list(CASES)[1:2] + list(CASES)[3:]
+    """The default configs in bfloat16, compiled: every kernel, attention in some of its forms."""
+    left = list(CASES)[1:2] + list(CASES)[3:] + list(polynomial.CASES)[1:]
     every = wanted([torch.bfloat16], list(TARGETS), every=False)
     return table([e for e in every if e.case not in left])
 
@@ -32,33 +37,28 @@ def defaults() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_defaults(target: str) -> None:
     mine = [row for row in defaults() if row["target"] == target]
-    every = {name for ways in WAYS.values() for name in ways} | {"norm", "conv_basis", *KERNELS}
+    every = {name for ways in WAYS.values() for name in ways} | {"norm", *METHODS, *KERNELS}
     assert {row["kernel"] for row in mine} == every
     limits = target_of(target)
     for row in mine:
         assert row["status"] == "ok" and row["default"], row
         assert row["spilled_bytes"] == 0 and row["shared_bytes"] <= limits.shared, row
         assert 0 < row["registers"] <= limits.registers, row
-        product = row["kernel"] in (*PRODUCTS, "split", "conv_basis", *KERNELS)
+        product = row["kernel"] in (*PRODUCTS, "split", "batch", *METHODS, *KERNELS)
         assert bool(row["matrix_instructions"]) == product, row
         assert row["wide_loads"] or row["kernel"] == "shuffle", row
 
 
-SPILLS = pytest.mark.xfail(strict=True, reason="defaults are chosen for bfloat16: these spill")
+ROOM = {("circulant 1024", "fp32")}
+"""What no config holds in registers, on some target: see docs/triton.md."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.bfloat16,
-        pytest.param(torch.float16, marks=SPILLS),
-        pytest.param(torch.float32, marks=SPILLS),
-    ],
-)
+@pytest.mark.parametrize("dtype", list(DTYPES))
 def test_no_default_spills(dtype: torch.dtype) -> None:
     for row in table(wanted([dtype], list(TARGETS), every=False)):
-        assert row["status"] == "ok" and row["spilled_bytes"] == 0, row
+        assert row["status"] == "ok", row
+        assert row["spilled_bytes"] == 0 or (row["case"], row["dtype"]) in ROOM, row
         assert row["shared_bytes"] <= target_of(row["target"]).shared, row
 
 
