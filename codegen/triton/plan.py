@@ -78,6 +78,8 @@ def plans(
     found: dict[tuple[Program, tuple[Config, ...]], Plan] = {}
     for name, variant in VARIANTS.items():
         made = variant(program)
+        if not target.orders and any(s.kind == "chain" for s in made.stages):
+            continue
         for at in range(many):
             plan = _plan(name, made, rows, dtype, target, at)
             found.setdefault((made, plan.configs), plan)

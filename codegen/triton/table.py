@@ -87,7 +87,10 @@ def entries(
         target = TARGETS[name]
         if room(program, case.rows, word, target) is not None:
             continue
-        plan = next(p for p in plans(program, case.rows, word, target) if p.program == changed)
+        known = plans(program, case.rows, word, target)
+        plan = next((p for p in known if p.program == changed), None)
+        if plan is None:  # not a variant for this GPU
+            continue
         for at, stage in enumerate(changed.stages):
             width, chosen = widths(changed)[at], plan.configs[at]
             some = [chosen, *configs(stage, case.rows)] if every else [chosen]

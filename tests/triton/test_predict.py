@@ -123,6 +123,13 @@ def test_counts_are_what_kernels_do(name: str, variant: str, launches: list[Seen
         agree(plan, launches, rows)
 
 
+def test_chains_need_a_barrier_that_orders_memory() -> None:
+    program = program_of(PROGRAMS["chain"])
+    for target in TARGETS.values():
+        variants = {p.variant for p in plans(program, 64, "bf16", target)}
+        assert ("chained" in variants) == target.orders == (target.backend == "cuda")
+
+
 def test_counts_of_shares(launches: list[Seen]) -> None:
     text, config = "block(2,33,70,1) bias(66) add(66,1)", Config(16, 32, 16, 4, 2, split=2)
     program = program_of(text)
