@@ -31,15 +31,16 @@ FORWARD = (
     Config(128, 64, 1, 8, 2), Config(64, 64, 1, 4, 3), Config(64, 64, 1, 4, 2),
     Config(64, 32, 1, 4, 2), Config(32, 64, 1, 4, 2), Config(32, 32, 1, 4, 2),
     Config(32, 32, 1, 4, 1), Config(16, 64, 1, 4, 2), Config(16, 32, 1, 4, 1),
-    Config(16, 32, 1, 2, 1), Config(16, 16, 1, 4, 1),
+    Config(16, 32, 1, 2, 1), Config(16, 16, 1, 4, 1), Config(16, 32, 1, 8, 1),
+    Config(16, 16, 1, 8, 1),
 )  # fmt: skip
 """Queries and keys of a tile, warps, stages; the largest first."""
 BACKWARD = (
     Config(64, 128, 1, 8, 2), Config(128, 64, 1, 8, 2), Config(64, 64, 1, 8, 2),
     Config(64, 64, 1, 4, 2), Config(32, 64, 1, 4, 2), Config(64, 32, 1, 4, 2),
     Config(64, 32, 1, 8, 2), Config(32, 32, 1, 4, 2), Config(32, 32, 1, 8, 1),
-    Config(32, 32, 1, 4, 1),
-    Config(32, 16, 1, 4, 1), Config(16, 32, 1, 4, 1), Config(16, 16, 1, 4, 1),
+    Config(32, 32, 1, 4, 1), Config(32, 16, 1, 4, 1), Config(16, 32, 1, 4, 1),
+    Config(16, 32, 1, 8, 1), Config(16, 16, 1, 4, 1), Config(16, 16, 1, 8, 1),
 )  # fmt: skip
 KERNELS: Mapping[str, tuple[Config, ...]] = {
     "forward": FORWARD,

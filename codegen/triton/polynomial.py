@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -275,10 +275,15 @@ _tried: dict[tuple[Any, ...], Attempts[Config]] = {}
 def _left(kernel: str, dtype: torch.dtype, sizes: tuple[Any, ...]) -> Attempts[Config]:
     key = (kernel, dtype, sizes)
     if key not in _tried:
-        width = max(v for k, v in sizes if k in ("WD", "WIDE"))
+        width = width_of(dict(sizes))
         some = usable(f"polynomial_{kernel}", width, CONFIGS, DTYPES[dtype], name_here())
         _tried[key] = Attempts(f"polynomial_{kernel} in {dtype}, {dict(sizes)}", some)
     return _tried[key]
+
+
+def width_of(sizes: Mapping[str, Any]) -> int:
+    """Numbers of a token on chip, by which it is known what spills."""
+    return int(sizes.get("WD", 0)) + int(sizes["WIDE"])
 
 
 CASES = {
@@ -327,13 +332,14 @@ def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Ent
             sizes: dict[str, Any] = {k: v for k, v in case.items() if k not in left_out}
             sizes |= {"DECAY": False, **words(dtype)}
             for target in targets:
-                some = usable(f"polynomial_{kernel}", 64, CONFIGS, word, target)
+                key = f"polynomial_{kernel}"
+                some = usable(key, width_of(sizes), CONFIGS, word, target)
                 for at, config in enumerate(some[: None if every else 1]):
                     job = Job(
                         path, f"polynomial_{kernel}", arguments(kernel, word),
                         sizes | _tiles(kernel, config),
                         word, config.warps, config.stages, target,
                     )  # fmt: skip
-                    key = f"polynomial_{kernel}"
-                    found.append(Entry(name, f"{key} 64", key, config, at == 0, job, None))
+                    known = f"{key} {width_of(sizes)}"
+                    found.append(Entry(name, known, key, config, at == 0, job, None))
     return found

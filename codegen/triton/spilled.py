@@ -42,7 +42,8 @@ def spills(key: str, config: Config, dtype: str, target: str) -> bool:
 def usable(
     kernel: str, width: int, configs: Sequence[Config], dtype: str, target: str
 ) -> list[Config]:
-    """Configs in their order, those that are known to spill at the end.
+    """Configs in their order; those that are known to spill at the end, the last ones first: they
+    are the smallest.
 
     A width that nobody compiled counts as the next one that somebody did, or as the widest.
 
@@ -53,7 +54,8 @@ def usable(
     known = _table().get(target, {}).get(dtype, {})
     widths = sorted(int(k.rsplit(" ", 1)[1]) for k in known if k.rsplit(" ", 1)[0] == kernel)
     own = next((w for w in widths if w >= width), max(widths, default=width))
-    return sorted(configs, key=lambda c: spills(f"{kernel} {own}", c, dtype, target))
+    bad = [c for c in configs if spills(f"{kernel} {own}", c, dtype, target)]
+    return [*(c for c in configs if c not in bad), *bad[::-1]]
 
 
 def learn() -> None:
@@ -88,7 +90,7 @@ def learn() -> None:
             return
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the module that the others import holds the table, not this one
     from structc.codegen.triton.spilled import learn as learn_there
 
     learn_there()

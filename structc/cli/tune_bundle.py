@@ -89,9 +89,10 @@ def _lines(data: dict[str, Any]) -> list[str]:
     rows = data["programs"]
     kept = [r for r in rows if r["plans"]]
     seen = [r for r in data["attention"] if r["configs"]]
+    what = f"{len(kept)} programs" + (f" and {len(seen)} attentions" if seen else "")
     lines = [
-        f"{data['bundle']}: kernels of {len(kept)} programs and {len(seen)} attentions for "
-        f"{data['target']} ({data['gpu']}), compiled; nothing was timed.",
+        f"{data['bundle']}: kernels of {what} for {data['target']} ({data['gpu']}), compiled; "
+        "nothing was timed.",
         "model us: what a cost model predicts of the first plan, and of the one to hold it "
         "against.",
         "",
