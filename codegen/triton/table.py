@@ -60,7 +60,7 @@ CASES = (
          variant="fused"),
     Case("butterfly of 3 factors, 4096", _BUTTERFLY),
     Case("butterfly of 3 factors, 4096", _BUTTERFLY, variant="chained"),
-    Case("factor with strides, layer norm 4096", "block(8,4,4,128) norm(4096,layer,1e-05)"),
+    Case("factor with strides, layer norm 4096", "block(16,2,2,128) norm(4096,layer,1e-05)"),
     Case("block sparse 64x64, 1/8 of 4096", "sparse(4096,4096,64,64,512)"),
     Case("selection, RMS norm 4096", "select(4096,4096) norm(4096,rms,1e-06)"),
     Case("shuffle 4096", "permute(64,64)"),

@@ -49,8 +49,16 @@ def test_defaults(target: str) -> None:
         assert row["wide_loads"] or row["kernel"] == "shuffle", row
 
 
-ROOM = {("circulant 1024", "fp32")}
-"""What no config holds in registers, on some target: see docs/triton.md."""
+ROOM = {
+    ("fp32", kind, target)
+    for kind, targets in {
+        "coupled": ["hip:gfx942"], "keys": ["cuda:80", "cuda:90", "cuda:100"],
+        "queries": ["cuda:100"], "monarch_middle": ["cuda:80"],
+        "polynomial_queries": ["hip:gfx942"], "polynomial_keys": ["cuda:100"],
+    }.items()
+    for target in targets
+}  # fmt: skip
+"""What no config holds in registers: docs/triton.md has the cases and the bytes."""
 
 
 @pytest.mark.slow
@@ -58,7 +66,8 @@ ROOM = {("circulant 1024", "fp32")}
 def test_no_default_spills(dtype: torch.dtype) -> None:
     for row in table(wanted([dtype], list(TARGETS), every=False)):
         assert row["status"] == "ok", row
-        assert row["spilled_bytes"] == 0 or (row["case"], row["dtype"]) in ROOM, row
+        few = 300 if (row["dtype"], row["kernel"], row["target"]) in ROOM else 0
+        assert row["spilled_bytes"] <= few, row
         assert row["shared_bytes"] <= target_of(row["target"]).shared, row
 
 
