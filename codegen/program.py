@@ -295,9 +295,9 @@ def _product(first: Stage, second: Stage) -> Stage | None:
     if any(s.kind not in ("panel", "strided") or s.blocks or s.ordered for s in (first, second)):
         return None
     one, two = first.block, second.block
-    if one.a % two.a or two.d % one.d:
+    made = _joint(one, two)
+    if made is None:
         return None
-    made = Block(two.a, two.b * two.d // one.d, one.c * one.a // two.a, one.d)
     if max(made.b, made.c) > MERGED or _size(made) > FREE_GROWTH * (_size(one) + _size(two)):
         return None
     return replace(
@@ -308,6 +308,24 @@ def _product(first: Stage, second: Stage) -> Stage | None:
         parts=first.parts + second.parts,
         reads=first.reads,
     )
+
+
+def _joint(one: Block, two: Block) -> Block | None:
+    """The pattern of a product of factors, the first one applied first; None if it is no block's.
+
+    >>> _joint(Block(2, 2, 2, 1), Block(1, 2, 2, 2)), _joint(Block(1, 2, 2, 2), Block(2, 2, 2, 1))
+    (Block(a=1, b=4, c=4, d=1), Block(a=1, b=4, c=4, d=1))
+    """
+    if one.a % two.a == 0 and two.d % one.d == 0:
+        return Block(two.a, two.b * two.d // one.d, one.c * one.a // two.a, one.d)
+    if _falls(one, two):
+        return Block(one.a, one.b * two.b, one.c * two.c, two.d)
+    return None
+
+
+def _falls(one: Block, two: Block) -> bool:
+    """Whether the second factor's columns are among the first one's strides: nothing is summed."""
+    return two.a == one.a * one.b and one.d == two.c * two.d
 
 
 def _size(block: Block) -> int:
@@ -325,18 +343,30 @@ def product(blocks: Sequence[Pattern], weights: Sequence[Tensor]) -> Tensor:
     first, *others = [Block(b.a, b.b, b.c, b.d) for b in blocks]
     block, weight = first, full(blocks[0], weights[0])
     for following, other in zip(others, map(full, blocks[1:], weights[1:]), strict=True):
-        p, s = block.a // following.a, following.d // block.d
-        left = other.reshape(following.a, following.b, following.c, s, block.d)
-        right = weight.reshape(following.a, p, block.b, block.c, block.d)
-        # a middle feature is (p, b) for the first factor and (c, s) for the second
-        made = weight.new_zeros(following.a, following.b, s, p, block.c, block.d)
-        for middle in range(p * block.b):
-            q, b = divmod(middle, block.b)
-            c, t = divmod(middle, s)
-            made[:, :, t, q] += left[:, :, c, t, None, :] * right[:, q, b][:, None]
-        block = Block(following.a, following.b * s, p * block.c, block.d)
+        rises = block.a % following.a == 0 and following.d % block.d == 0
+        made = (_risen if rises else _fallen)(block, weight, following, other)
+        block = _joint(block, following) or block
         weight = made.reshape(block.a, block.b, block.c, block.d)
     return weight
+
+
+def _risen(block: Block, weight: Tensor, following: Block, other: Tensor) -> Tensor:
+    p, s = block.a // following.a, following.d // block.d
+    left = other.reshape(following.a, following.b, following.c, s, block.d)
+    right = weight.reshape(following.a, p, block.b, block.c, block.d)
+    # a middle feature is (p, b) for the first factor and (c, s) for the second
+    made = weight.new_zeros(following.a, following.b, s, p, block.c, block.d)
+    for middle in range(p * block.b):
+        q, b = divmod(middle, block.b)
+        c, t = divmod(middle, s)
+        made[:, :, t, q] += left[:, :, c, t, None, :] * right[:, q, b][:, None]
+    return made
+
+
+def _fallen(block: Block, weight: Tensor, following: Block, other: Tensor) -> Tensor:
+    left = other.reshape(block.a, block.b, following.b, following.c, following.d)
+    right = weight.reshape(block.a, block.b, block.c, following.c, following.d)
+    return torch.einsum("aprqd,apcqd->aprcqd", left, right)
 
 
 def full(step: Pattern, weight: Tensor) -> Tensor:

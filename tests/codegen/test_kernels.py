@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import structc
 from structc import hardware, reference
@@ -17,7 +20,7 @@ from structc.codegen import lower
 from structc.codegen.cpu import tile
 from structc.codegen.cpu.samples import sample
 from structc.codegen.cpu.served import analyse
-from structc.codegen.program import Program
+from structc.codegen.program import Program, product
 from structc.errors import InternalError
 from structc.forms import (
     Act,
@@ -137,10 +140,42 @@ def test_bfloat16_epilogues_and_values() -> None:
 
 
 def test_neighbours_merge_only_where_it_pays() -> None:
-    for name, count in (("butterfly-64", 2), ("butterfly-1024", 3), ("blast-4x24-3x20-10", 3)):
+    for name, count in (
+        ("butterfly-64", 2),
+        ("butterfly-1024", 3),
+        ("butterfly-back-64", 2),
+        ("blast-4x24-3x20-10", 3),
+    ):
         program = analyse(Tile(LONGER[name]))
         assert isinstance(program, Program) and len(program.stages) == count, name
         assert max(s.block.b for s in program.stages) <= 20
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=2, max_size=4),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_merged_factors_are_their_product(
+    sides: list[tuple[int, int]], over: int, falls: bool
+) -> None:
+    """Butterflies of any radix: strides that rise, and strides that fall."""
+    blocks = []
+    for at, (b, c) in enumerate(sides):
+        before = math.prod(x for x, _ in sides[:at])
+        after = math.prod(y for _, y in sides[at + 1 :])
+        blocks.append(
+            Block(over * before, b, c, after) if falls else Block(over * after, b, c, before)
+        )
+    weights = [torch.randn(k.a, k.b, k.c, k.d, dtype=torch.float64) for k in blocks]
+    pattern = Block(over, math.prod(b for b, _ in sides), math.prod(c for _, c in sides), 1)
+    x = torch.randn(4, blocks[0].a * blocks[0].c * blocks[0].d, dtype=torch.float64)
+    want = reference.tile_reference(x, weights, str(Tile(tuple(blocks))))
+    found = product(blocks, weights)
+    assert found.shape == (pattern.a, pattern.b, pattern.c, pattern.d)
+    got = reference.tile_reference(x, [found], str(Tile((pattern,))))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_weights_of_merged_factors_are_all_watched() -> None:
@@ -529,9 +564,9 @@ def test_the_operator_looks_before_the_kernel_reads() -> None:
     call = torch.ops.structc.tile
     expected = reference.tile_reference(x, weights, str(form), [z[:1, :1]])
     torch.testing.assert_close(call([x, z[:1, :1]], weights, str(form))[0], expected)
-    for inputs, given in (([x], weights), ([x[:, :7], z], weights), ([x, z], weights[:2])):
+    for inputs, own in (([x], weights), ([x[:, :7], z], weights), ([x, z], weights[:2])):
         with pytest.raises(RuntimeError, match="structc::tile takes"):
-            call(inputs, given, str(form))
+            call(inputs, own, str(form))
 
 
 @pytest.mark.parametrize(("isa", "dtype"), [("avx2", torch.float32), ("avx512_bf16", BF16)])

@@ -35,6 +35,8 @@ PROGRAMS = {
     "blast": "block(3,18,7,1) block(1,4,3,18) block(4,6,18,1) bias(24) act(relu,24)",
     "block of one": "block(5,1,3,1) block(1,7,5,1)",
     "butterfly": "block(32,2,2,1) block(16,2,2,2) block(8,2,2,4) block(4,2,2,8) block(2,2,2,16)",
+    "kaleidoscope": "block(4,2,2,1) block(2,2,2,2) block(1,2,2,4) block(1,2,2,4) block(2,2,2,2) "
+    "block(4,2,2,1)",
     "strided": "block(2,3,5,7)",
     "chain": "permute(2,16) block(8,5,4,1) bias(40) act(relu,40) block(2,6,20,1) "
     "block(1,9,6,2) bias(18) act(gelu,18)",
