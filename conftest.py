@@ -14,7 +14,7 @@ import torch
 
 import structc
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "tests" / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
