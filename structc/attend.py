@@ -186,7 +186,8 @@ def _gradients(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gradients_impl(*given: Any) -> tuple[Tensor, ...]:
-    return tuple(t.contiguous() for t in _gradients(*given))
+    with torch.no_grad():  # a traced graph may run where gradients are recorded
+        return tuple(t.contiguous() for t in _gradients(*given))
 
 
 def _gradients_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

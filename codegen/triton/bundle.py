@@ -140,6 +140,7 @@ def use_bundle(path: str | Path, *, rerank: bool = False) -> int:
     attended = [_read(folder, e, _attention, rerank) for e in manifest["attention"]]
     _install(folder / FOLDER)
     attention.TUNED.update(attended)
+    attention.source_of.cache_clear()
     for (program, dtype), found in tuned.items():
         own = {rows: Tuned(some, rerank) for rows, some in found.items()}
         serve.TUNED.setdefault((program, dtype), {}).update(own)

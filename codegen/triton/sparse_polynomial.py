@@ -87,7 +87,8 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
     total = tl.where(alone, 0.0, total)
     top = tl.where(alone, float("-inf"), 0.0)
     left = tile(q, i[:, None], r[None, :], qn, queries, d)
-    sunk = tl.cdiv(tl.minimum(sinks, low * chunk), BN)
+    ahead = tl.minimum(tl.minimum(sinks, keys), low * chunk)
+    sunk = tl.cdiv(ahead, BN)
     near = tl.cdiv(tl.maximum(end - low * chunk, 0), BN)
     for turn in range(sunk + near):
         start = tl.where(turn < sunk, turn * BN, low * chunk + (turn - sunk) * BN)
@@ -96,7 +97,7 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
         s = times(left, right, DOT, TF32)
         lag = i[:, None] - j[None, :]
         exact = lag < window
-        seen = (j < tl.where(turn < sunk, tl.minimum(sinks, low * chunk), end))[None, :]
+        seen = (j < tl.where(turn < sunk, ahead, end))[None, :]
         if CAUSAL:
             seen = seen & (lag >= 0)
         else:

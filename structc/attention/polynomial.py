@@ -158,7 +158,7 @@ class Polynomial(AbstractMethod):
         check_qkv(q, k, v)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = self._prepared(q.to(wide), k.to(wide))
-        kernel = kernel_for(self.name, q)
+        kernel = None if self.dropout else kernel_for(self.name, q)  # scores know no dropout
         if kernel is not None:
             queries, keys = queries.to(q.dtype), keys.to(q.dtype)
         weights = self.weights(queries)

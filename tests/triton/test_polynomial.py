@@ -98,6 +98,7 @@ def test_states_that_decay(slopes: tuple[float, ...], backend: Any) -> None:
         ((420, 300, 3, 8), 20, 3, False),
         ((420, 300, 3, 8), 30, 0, True),
         ((280, 280, 3, 8), 140, 1, True),
+        ((300, 100, 3, 8), 1, 200, True),  # more sinks than keys
     ],
 )
 def test_window_and_polynomial(
