@@ -194,33 +194,51 @@ def _gradients_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
+def _no_second(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "structc::attention_backward has no gradient: a traced gradient cannot be differentiated. "
+        "Trace the second gradient with the first, or run the model as it is."
+    )
+
+
 def _through(
     tensors: Sequence[Tensor | None], form: Softmax, grad_o: Tensor, grad_lse: Tensor
 ) -> list[Tensor | None]:
     """Gradients of all tensors through the reference, which has a gradient in turn."""
-    leaves = [
-        None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors
-    ]
+    able = [at for at, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+    # aliases, for q, k and v may come from each other
+    leaves = [t.view_as(t) for t in tensors if t is not None and t.is_floating_point()]
+
+    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
+        some = [*tensors]
+        for at, t in zip(able, given, strict=True):
+            some[at] = t
+        q, k, v, *extras = some
+        assert q is not None and k is not None and v is not None
+        return softmax_reference(q, k, v, form, Extras(*extras))
+
     if torch.is_grad_enabled():
-        # a gradient of the gradient: aliases, for q, k and v may come from each other
-        leaves = [None if t is None else t.view_as(t) for t in tensors]
-    with torch.enable_grad():
-        a, b, c = (t for t in leaves[:3] if t is not None)
-        outputs = softmax_reference(a, b, c, form, Extras(*leaves[3:]))
-    if not outputs[0].requires_grad:  # there are no queries, so nothing was computed from anything
-        none = [None if t is None else torch.zeros_like(t) for t in tensors]
-        return [t if t is not None and t.is_floating_point() else None for t in none]
-    able = [t for t in leaves if t is not None and t.requires_grad]
-    both = 2 if outputs[1].requires_grad else 1  # sums of rows do not come from v
-    given = torch.autograd.grad(
-        outputs[:both],
-        able,
-        (grad_o, grad_lse)[:both],
-        allow_unused=True,
-        create_graph=torch.is_grad_enabled(),
-    )
-    found_of = dict(zip(map(id, able), given, strict=True))
-    return [None if t is None else found_of.get(id(t)) for t in leaves]
+        found = _twice(leaves, run(*leaves), (grad_o, grad_lse))
+    else:  # also below autograd, where nothing but a transform would record
+        found = torch.func.vjp(run, *leaves)[1]((grad_o, grad_lse))
+    given = dict(zip(able, found, strict=True))
+    return [given.get(at) for at in range(len(tensors))]
+
+
+def _twice(
+    leaves: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients that have gradients."""
+    if not outputs[0].requires_grad:  # nothing was computed from anything: there are no queries
+        return [torch.zeros_like(t) for t in leaves]
+    able = [at for at, t in enumerate(leaves) if t.requires_grad]
+    many = 2 if outputs[1].requires_grad else 1  # sums of rows do not come from v
+    found = torch.autograd.grad(
+        outputs[:many], [leaves[at] for at in able], grads[:many],
+        allow_unused=True, create_graph=True,
+    )  # fmt: skip
+    given = dict(zip(able, found, strict=True))
+    return [given.get(at) for at in range(len(leaves))]
 
 
 ops._LIB.define(
@@ -230,6 +248,7 @@ ops._LIB.define(
 )
 ops._LIB.impl(f"{_NAME}_backward", _gradients_impl, "CompositeExplicitAutograd")
 torch.library.register_fake(f"structc::{_NAME}_backward", _gradients_fake, lib=ops._LIB)
+torch.library.register_autograd(f"structc::{_NAME}_backward", _no_second, lib=ops._LIB)
 ops._LIB.impl(_NAME, _attention, "CompositeExplicitAutograd")
 torch.library.register_fake(f"structc::{_NAME}", _attention_fake, lib=ops._LIB)
 torch.library.register_autograd(f"structc::{_NAME}", _backward, setup_context=_setup, lib=ops._LIB)

@@ -29,8 +29,9 @@ _TORCH = {
 }  # fmt: skip
 MOST = 8
 """Processes that compile at a time."""
-_SCALARS = {"i32": 999_983, "stride": 4096, "fp32": 0.3}
-"""Numbers that a call may pass: none that code would be made for, but strides: multiples of 16."""
+_SCALARS = {"i32": 999_983, "stride": 4096, "one": 1, "fp32": 0.3}
+"""Numbers that a call may pass: none that code would be made for, but strides, multiples of 16,
+and 1."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Job:
     Attributes:
         path, function: where its source is.
         arguments: by name what they are, in order: ``"*bf16"``, ``"*i64"``, ``"i32"``,
-            ``"stride"``; pointers are taken to be aligned to 16 bytes.
+            ``"stride"``, ``"one"``; pointers are taken to be aligned to 16 bytes.
         sizes: compile-time arguments; ``DOT`` is the dtype of products, ``dtype`` without it.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         warps, stages: of :class:`structc.codegen.triton.config.Config`.

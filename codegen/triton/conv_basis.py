@@ -14,35 +14,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from structc.codegen.triton import load
-from structc.codegen.triton.aot import Job
-from structc.codegen.triton.attempt import Attempts
-from structc.codegen.triton.config import DOT, Config, power_above
-from structc.codegen.triton.device import name_here
+from structc.codegen.triton import method_kernel
+from structc.codegen.triton.config import Config
 from structc.codegen.triton.entry import Entry
-from structc.codegen.triton.pieces import HEAD
-from structc.codegen.triton.spilled import usable
-from structc.codegen.triton.tile import DTYPES, dot_dtype
-from structc.records import Refusal
+from structc.codegen.triton.method_kernel import START, MethodKernel, wide
+from structc.codegen.triton.tile import DTYPES
 
 CHEAP = 16
 """How much cheaper a flop of matrix units is than an FFT's; assumed."""
 WIDEST = 256
 """Numbers of a value."""
-CONFIGS = (
-    Config(64, 64, 1, 8, 2), Config(64, 64, 1, 4, 2), Config(64, 32, 1, 4, 2),
-    Config(32, 64, 1, 4, 2), Config(32, 32, 1, 4, 2), Config(32, 32, 1, 4, 1),
-    Config(16, 32, 1, 4, 1), Config(16, 16, 1, 4, 1),
-)  # fmt: skip
-"""Queries and keys of a tile, warps, stages."""
-POINTERS = ("starts", "columns", "v", "o", "lse")
 SOURCE = (
-    HEAD
+    START
     + '''
 
 @triton.jit(do_not_specialize=["segments", "n"])
 def conv_basis(starts, columns, v, o, lse, segments, n, d,
-               BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr):
+               BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
+               TF32: tl.constexpr):
     """softmax of columns[segment of j, i - j] over j <= i, times v, and its row sums"""
     tiles = tl.cdiv(n, BM)
     pid = tl.program_id(0)
@@ -67,9 +56,8 @@ def conv_basis(starts, columns, v, o, lse, segments, n, d,
         p = tl.exp(s - safe[:, None])
         less = tl.exp(top - safe)
         total = total * less + tl.sum(p, 1)
-        at = (head * n + j)[:, None] * d + e[None, :]
-        value = tl.load(v + at, mask=(j < n)[:, None] & (e < d)[None, :], other=0.0)
-        sums = sums * less[:, None] + tl.dot(p.to(DOT), value.to(DOT), input_precision=SINGLE)
+        value = tile(v + head * n * d, j[:, None], e[None, :], d, n, d)
+        sums = sums * less[:, None] + times(p, value, DOT, TF32)
         top = above
     some = tl.where(total == 0.0, 1.0, total)
     at = (head * n + m)[:, None] * d + e[None, :]
@@ -80,6 +68,22 @@ def conv_basis(starts, columns, v, o, lse, segments, n, d,
 )
 
 
+KERNEL = MethodKernel(
+    "conv_basis",
+    SOURCE,
+    (
+        Config(64, 64, 1, 8, 2), Config(64, 64, 1, 4, 2), Config(64, 32, 1, 4, 2),
+        Config(32, 64, 1, 4, 2), Config(32, 32, 1, 4, 2), Config(32, 32, 1, 4, 1),
+        Config(16, 32, 1, 4, 1), Config(16, 16, 1, 4, 1),
+    ),
+    ("BM", "BN"),
+    {"starts": "i64", "columns": "fp32", "v": "", "o": "", "lse": "fp32"},
+    (),
+    ("segments", "n", "d"),
+)  # fmt: skip
+"""Tiles are of queries and keys."""
+
+
 def pays(n: int, segments: int) -> bool:
     """Whether ``n^2 d`` flops of matrix units cost less than ``10 (s + 1) n log2 n d`` of FFTs.
 
@@ -87,24 +91,6 @@ def pays(n: int, segments: int) -> bool:
     (True, False, True)
     """
     return n <= CHEAP * 10 * (segments + 1) * math.log2(max(2, n))
-
-
-def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Entry]:
-    """The kernel for each target, for ``structc bench triton``: values of 64."""
-    word, path = DTYPES[dtype], str(load.write(SOURCE))
-    kinds = {"starts": "*i64", "columns": "*fp32", "lse": "*fp32"}
-    arguments = {name: kinds.get(name, f"*{word}") for name in POINTERS}
-    arguments |= {"segments": "i32", "n": "i32", "d": "stride"}
-    return [
-        Entry(
-            "conv basis, values of 64", "conv_basis 64", "conv_basis", config, at == 0,
-            Job(path, "conv_basis", arguments, {"BM": config.bm, "BN": config.bn, "WIDE": 64},
-                word, config.warps, config.stages, target),
-            None,
-        )
-        for target in targets
-        for at, config in enumerate(some(64, dtype, target)[: None if every else 1])
-    ]  # fmt: skip
 
 
 def apply(starts: Tensor, columns: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -118,37 +104,20 @@ def apply(starts: Tensor, columns: Tensor, v: Tensor) -> tuple[Tensor, Tensor] |
     served = d <= WIDEST and v.dtype in DTYPES and columns.dtype == torch.float32
     if not served or not pays(n, starts.shape[1]):
         return None
-    module = load.module_of(SOURCE)
-    if isinstance(module, Refusal):
-        return None
     value, o = v.contiguous(), v.new_empty(b, h, n, d)
     lse = torch.empty(b, h, n, dtype=torch.float32, device=v.device)
-    given = [starts.contiguous(), columns.contiguous(), value, o, lse, starts.shape[1], n, d]
-    wide = max(DOT, power_above(d))
-
-    def call(config: Config) -> bool:
-        grid = (-(-n // config.bm) * b * h,)
-        module.conv_basis[grid](
-            *given, BM=config.bm, BN=config.bn, WIDE=wide, DOT=dot_dtype(v.dtype),
-            num_warps=config.warps, num_stages=config.stages, **load.FUSED,
-        )  # fmt: skip
-        return True
-
-    with torch.cuda.device_of(v):
-        done = _left(v.dtype, wide).run(call)
+    done = KERNEL.run(
+        [starts.contiguous(), columns.contiguous(), value, o, lse], [], [starts.shape[1], n, d],
+        lambda c: -(-n // c.bm) * b * h, v, WIDE=wide(d),
+    )  # fmt: skip
     return (o, lse) if done else None
 
 
-_tried: dict[tuple[torch.dtype, int], Attempts[Config]] = {}
-
-
-def _left(dtype: torch.dtype, wide: int) -> Attempts[Config]:
-    key = (dtype, wide)
-    if key not in _tried:
-        _tried[key] = Attempts(f"conv_basis in {dtype}, values of {wide}", some(wide, dtype))
-    return _tried[key]
-
-
-def some(wide: int, dtype: torch.dtype, target: str = "") -> list[Config]:
-    """What is tried, on this process's GPU without a target."""
-    return usable("conv_basis", wide, CONFIGS, DTYPES[dtype], target or name_here())
+def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Entry]:
+    """For ``structc bench triton``."""
+    starts = torch.empty(8, 2, dtype=torch.int64, device="meta")
+    columns = torch.empty(8, 2, 2048, device="meta")
+    v = torch.empty(1, 8, 2048, 64, dtype=dtype, device="meta")
+    return method_kernel.entries(
+        "conv basis, values of 64", lambda: apply(starts, columns, v), targets, every
+    )

@@ -10,12 +10,12 @@ from structc.codegen.triton import conv_basis, load, monarch, polynomial, sparse
 from structc.codegen.triton.device import running
 from structc.records import Refusal
 
+_POLYNOMIAL = polynomial.PolynomialKernel()
 KERNELS: Mapping[str, Callable[..., Any]] = {
     "conv_basis": conv_basis.apply,
     "monarch": monarch.apply,
-    "tiled_monarch": monarch.apply,
-    "polynomial": polynomial.PolynomialKernel(),
-    "toeplitz_polynomial": polynomial.PolynomialKernel(),
+    "polynomial": _POLYNOMIAL,
+    "toeplitz_polynomial": _POLYNOMIAL,
     "sparse_low_rank": sparse_polynomial.apply,
 }
 """By name of the method; each takes what its plain form takes, and gives None where that is
@@ -25,6 +25,7 @@ OTHERS: Mapping[str, str] = {
     "window_sinks": "structc::attention with a window",
     "row_column_toeplitz": "FFTs of the vendor's library, in float64 where rows are faint",
     "block_sparse": "structc::attention with a list of blocks",
+    "tiled_monarch": "the kernel of monarch attention, its tokens in another order",
     "nystrom": "products of PyTorch with a few landmarks, and a small inverse",
 }
 """What a method without a kernel of its own runs on, on a GPU."""

@@ -11,23 +11,21 @@ chunk, kept in memory: no chip has room for ``D e`` numbers. A chunk's own keys 
   as a product with the matrix that says which they are.
 """
 
-from structc.codegen.triton.pieces import HEAD
+from structc.codegen.triton.method_kernel import START
 
+_TABLES = {"places": "i32", "weights": "fp32", "slopes": "fp32", "f": "fp32"}
+_STATE = {"state": "sum", "mass": "fp32"}
+_GIVEN = {"q": "", "k": "", "v": ""}
+_BACK = {**_GIVEN, "grad": "", "z": "fp32", "dots": "fp32", **_TABLES, **_STATE}
 POINTERS = {
-    "states": ("x", "y", "z", "dots", "places", "slopes", "state", "mass"),
-    "outputs": (
-        "q", "k", "v", "places", "weights", "slopes", "f", "state", "mass", "o", "z",
-    ),
-    "queries": (
-        "q", "k", "v", "grad", "z", "dots", "places", "weights", "slopes", "f", "state", "mass",
-        "dq",
-    ),
-    "keys": (
-        "q", "k", "v", "grad", "z", "dots", "places", "weights", "slopes", "f", "state", "mass",
-        "dk", "dv",
-    ),
+    "states": {
+        "x": "", "y": "", "z": "fp32", "dots": "fp32", "places": "i32", "slopes": "fp32", **_STATE,
+    },
+    "outputs": {**_GIVEN, **_TABLES, **_STATE, "o": "", "z": "fp32"},
+    "queries": {**_BACK, "dq": ""},
+    "keys": {**_BACK, "dk": "", "dv": ""},
 }  # fmt: skip
-"""Tensors of each kernel, in order."""
+"""Tensors of each kernel, in order, and what they hold."""
 STRIDES = {"states": ("x", "y"), "outputs": ("q", "k", "v"), "queries": ("q", "k", "v", "g"),
            "keys": ("q", "k", "v", "g")}  # fmt: skip
 """Whose strides of batch, head and token follow."""
@@ -41,7 +39,7 @@ LENGTHS = {
 """Then sizes: ``count`` monomials, heads of ``d`` and of ``e`` numbers."""
 
 SOURCE = (
-    HEAD
+    START
     + '''
 
 @triton.jit
@@ -77,16 +75,23 @@ def slope_of(f, s, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def times(a, b, DOT: tl.constexpr, TF32: tl.constexpr):
-    """a product of matrices"""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision="tf32" if TF32 else SINGLE)
+def pulled(more, x, rows, step, inside, places, m, count, d, r, DEGREE: tl.constexpr,
+           DOT: tl.constexpr, TF32: tl.constexpr):
+    """the gradient of x where more is that of its monomials: a product with the matrix that says
+    which features each is made of"""
+    found = tl.zeros((rows.shape[0], r.shape[0]), tl.float32)
+    for p in tl.static_range(DEGREE):
+        rest = monomials(x, rows, step, inside, places, m, count, d, p, DEGREE)
+        place = tl.load(places + p * count + m, mask=m < count, other=-1)
+        which = (place[:, None] == r[None, :]).to(tl.float32)
+        found += times(more * rest, which, DOT, TF32)
+    return found
 
 
 @triton.jit
-def tile(x, rows, columns, step, length, width):
-    """a tile of a tensor, rows and columns shaped as they lie in it; 0 outside"""
-    at = rows.to(tl.int64) * step + columns
-    return tl.load(x + at, mask=(rows < length) & (columns < width), other=0.0)
+def head_of(x, one, heads, batch, head):
+    """where a head begins"""
+    return x + one // heads * batch + one % heads * head
 
 
 @triton.jit(do_not_specialize=["heads", "length", "skip", "chunk", "chunks", "count"])
@@ -102,8 +107,8 @@ def polynomial_states(x, y, z, dots, places, slopes, state, mass, xb, xh, xn, yb
     one = (pid // tiles).to(tl.int64)
     m = pid % tiles * BK + tl.arange(0, BK)
     c = tl.arange(0, WIDE)
-    x += one // heads * xb + one % heads * xh
-    y += one // heads * yb + one % heads * yh
+    x = head_of(x, one, heads, xb, xh)
+    y = head_of(y, one, heads, yb, yh)
     sums = tl.zeros((BK, WIDE), tl.float32)
     total = tl.zeros((BK,), tl.float32)
     fall = 0.0
@@ -167,9 +172,9 @@ def polynomial_outputs(q, k, v, places, weights, slopes, f, state, mass, o, z,
     i = first + tl.arange(0, BM)
     r = tl.arange(0, WD)
     c = tl.arange(0, WIDE)
-    q += one // heads * qb + one % heads * qh
-    k += one // heads * kb + one % heads * kh
-    v += one // heads * vb + one % heads * vh
+    q = head_of(q, one, heads, qb, qh)
+    k = head_of(k, one, heads, kb, kh)
+    v = head_of(v, one, heads, vb, vh)
     own = chunks
     if CAUSAL:
         own = tl.minimum(first // chunk, chunks)
@@ -225,10 +230,10 @@ def polynomial_queries(q, k, v, grad, z, dots, places, weights, slopes, f, state
     i = first + tl.arange(0, BM)
     r = tl.arange(0, WD)
     c = tl.arange(0, WIDE)
-    q += one // heads * qb + one % heads * qh
-    k += one // heads * kb + one % heads * kh
-    v += one // heads * vb + one % heads * vh
-    grad += one // heads * gb + one % heads * gh
+    q = head_of(q, one, heads, qb, qh)
+    k = head_of(k, one, heads, kb, kh)
+    v = head_of(v, one, heads, vb, vh)
+    grad = head_of(grad, one, heads, gb, gh)
     slope = tile(grad, i[:, None], c[None, :], gn, queries, e)
     dot = tl.load(dots + one * queries + i, mask=i < queries, other=0.0)
     share = 1.0 / tl.load(z + one * queries + i, mask=i < queries, other=1.0)
@@ -244,11 +249,7 @@ def polynomial_queries(q, k, v, grad, z, dots, places, weights, slopes, f, state
             more = times(slope, before, DOT, TF32)
             more -= dot[:, None] * tl.load(mass + base + m, mask=m < count, other=0.0)[None, :]
             more *= tl.load(weights + m, mask=m < count, other=0.0)[None, :]
-            for p in tl.static_range(DEGREE):
-                rest = monomials(q, i, qn, i < queries, places, m, count, d, p, DEGREE)
-                place = tl.load(places + p * count + m, mask=m < count, other=-1)
-                which = (place[:, None] == r[None, :]).to(tl.float32)
-                found += times(more * rest, which, DOT, TF32)
+            found += pulled(more, q, i, qn, i < queries, places, m, count, d, r, DEGREE, DOT, TF32)
     if CAUSAL:
         fall = 0.0
         if DECAY:
@@ -286,10 +287,10 @@ def polynomial_keys(q, k, v, grad, z, dots, places, weights, slopes, f, state, m
     j = first + tl.arange(0, BN)
     r = tl.arange(0, WD)
     c = tl.arange(0, WIDE)
-    q += one // heads * qb + one % heads * qh
-    k += one // heads * kb + one % heads * kh
-    v += one // heads * vb + one % heads * vh
-    grad += one // heads * gb + one % heads * gh
+    q = head_of(q, one, heads, qb, qh)
+    k = head_of(k, one, heads, kb, kh)
+    v = head_of(v, one, heads, vb, vh)
+    grad = head_of(grad, one, heads, gb, gh)
     value = tile(v, j[:, None], c[None, :], vn, keys, e)
     slot = 0
     if CAUSAL:
@@ -307,11 +308,7 @@ def polynomial_keys(q, k, v, grad, z, dots, places, weights, slopes, f, state, m
             more = times(value, behind, DOT, TF32)
             more += tl.load(mass + base + m, mask=m < count, other=0.0)[None, :]
             more *= weight[None, :]
-            for p in tl.static_range(DEGREE):
-                rest = monomials(k, j, kn, j < keys, places, m, count, d, p, DEGREE)
-                place = tl.load(places + p * count + m, mask=m < count, other=-1)
-                which = (place[:, None] == r[None, :]).to(tl.float32)
-                sums_k += times(more * rest, which, DOT, TF32)
+            sums_k += pulled(more, k, j, kn, j < keys, places, m, count, d, r, DEGREE, DOT, TF32)
     if CAUSAL:
         fall = 0.0
         if DECAY:

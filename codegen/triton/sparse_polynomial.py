@@ -9,27 +9,16 @@ score of 0, and goes on as an online softmax.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from structc.attention.feature_sums import Rule
-from structc.codegen.triton import load, polynomial
-from structc.codegen.triton.aot import Job
-from structc.codegen.triton.attempt import Attempts
-from structc.codegen.triton.config import Config
-from structc.codegen.triton.device import name_here
+from structc.codegen.triton import method_kernel, polynomial
 from structc.codegen.triton.entry import Entry
+from structc.codegen.triton.method_kernel import MethodKernel, serves, side, wide
 from structc.codegen.triton.polynomial_source import SOURCE as STATES
-from structc.codegen.triton.spilled import usable
-from structc.codegen.triton.tile import DTYPES
-from structc.records import Refusal
 
-POINTERS = ("q", "k", "v", "places", "weights", "f", "state", "mass", "o")
-LENGTHS = (
-    "heads", "queries", "keys", "chunk", "chunks", "count", "d", "e", "window", "sinks",
-)  # fmt: skip
 SOURCE = (
     STATES
     + '''
@@ -50,9 +39,9 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
     i = first + tl.arange(0, BM)
     r = tl.arange(0, WD)
     c = tl.arange(0, WIDE)
-    q += one // heads * qb + one % heads * qh
-    k += one // heads * kb + one % heads * kh
-    v += one // heads * vb + one % heads * vh
+    q = head_of(q, one, heads, qb, qh)
+    k = head_of(k, one, heads, kb, kh)
+    v = head_of(v, one, heads, vb, vh)
     low = tl.minimum(tl.maximum(0, first - window + 1) // chunk, chunks)
     last = tl.minimum(first + BM, queries)
     high = chunks
@@ -120,74 +109,53 @@ def sparse_polynomial(q, k, v, places, weights, f, state, mass, o,
              mask=inside)
 '''
 )
-CONFIGS = polynomial.CONFIGS
+KERNEL = MethodKernel(
+    "sparse_polynomial",
+    SOURCE,
+    polynomial.CONFIGS,
+    ("BM", "BN", "BK"),
+    {
+        "q": "", "k": "", "v": "", "places": "i32", "weights": "fp32", "f": "fp32",
+        "state": "fp32", "mass": "fp32", "o": "",
+    },
+    ("q", "k", "v"),
+    ("heads", "queries", "keys", "chunk", "chunks", "count", "d", "e", "window", "sinks"),
+    single=True,
+)  # fmt: skip
 
 
-def apply(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, weights: Tensor, window: int, sinks: int
-) -> Tensor | None:
-    """The output ``(B, H, n, e)``; None for what is not served. The scale is in q already."""
-    module = load.module_of(SOURCE)
-    if isinstance(module, Refusal) or not polynomial.serves(q, k, v):
+def apply(q: Tensor, k: Tensor, v: Tensor, rule: Rule, window: int, sinks: int) -> Tensor | None:
+    """The output ``(B, H, n, e)``; None for what is not served. The scale is in q already.
+
+    Args:
+        q, k: rounded to v's dtype here.
+    """
+    if not serves(polynomial.WIDEST, q, k, v):
         return None
-    given = polynomial.given_of(q, k, rule, weights, None)
-    chunk = polynomial.chunk_of(len(weights), k.shape[2], True)
-    o = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    q, k, v = (polynomial.side(t) for t in (q, k, v))
+    q, k, v = side(q.to(v.dtype)), side(k.to(v.dtype)), side(v)
+    (b, h, n, d), m, e = q.shape, k.shape[2], v.shape[3]
+    given = polynomial.given_of(q, k, rule, None)
+    chunk = polynomial.chunk_of(given.many, m, True)
+    o = torch.empty(b, h, n, e, dtype=q.dtype, device=q.device)
     # what stands behind a window is a difference of two states: they are kept in float32
-    before = polynomial.states(k, v, given._replace(chunk=chunk), skip=sinks, kept=torch.float32)
+    before = polynomial.states(
+        polynomial.WHOLE_STATES, k, v, given._replace(chunk=chunk), skip=sinks
+    )
     if before is None:
         return None
-    tensors = [q, k, v, given.places, given.weights, given.f, *before, o]
-    strides = [t.stride(at) for t in (q, k, v) for at in range(3)]
-    numbers = [
-        q.shape[1], q.shape[2], k.shape[2], chunk, before[0].shape[2] - 1, len(weights), q.shape[3],
-        v.shape[3], window, sinks,
-    ]  # fmt: skip
-    sizes = {"DEGREE": rule.degree, "CAUSAL": rule.causal, "WD": polynomial.wide(q.shape[3]),
-             "WIDE": polynomial.wide(v.shape[3])}  # fmt: skip
-
-    def call(config: Config) -> bool:
-        grid = (-(-q.shape[2] // config.bm) * q.shape[0] * q.shape[1],)
-        module.sparse_polynomial[grid](
-            *tensors, *strides, *numbers, **config.constexprs(("BM", "BN", "BK")), **sizes,
-            DOT=polynomial.product_of(q.dtype), TF32=polynomial.ten_bits(q.dtype),
-            num_warps=config.warps, num_stages=config.stages, **load.FUSED,
-        )  # fmt: skip
-        return True
-
-    key = (q.dtype, *sizes.values())
-    if key not in _tried:
-        width = max(sizes["WD"], sizes["WIDE"])
-        some = usable("sparse_polynomial", width, CONFIGS, DTYPES[q.dtype], name_here())
-        _tried[key] = Attempts(f"sparse_polynomial in {q.dtype}, {sizes}", some)
-    with torch.cuda.device_of(q):
-        return o if _tried[key].run(call) else None
-
-
-_tried: dict[tuple[Any, ...], Attempts[Config]] = {}
+    done = KERNEL.run(
+        [q, k, v, given.places, given.weights, given.f, *before, o], [q, k, v],
+        [h, n, m, chunk, before[0].shape[2] - 1, given.many, d, e, window, sinks],
+        lambda c: -(-n // c.bm) * b * h, q,
+        DEGREE=rule.degree, CAUSAL=rule.causal, WD=wide(d), WIDE=wide(e),
+    )  # fmt: skip
+    return o if done else None
 
 
 def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Entry]:
-    """The kernel for each target, for ``structc bench triton``: heads of 64, degree 2."""
-    word, path = DTYPES[dtype], str(load.write(SOURCE))
-    kinds = {"places": "*i32", **dict.fromkeys(("weights", "f", "state", "mass"), "*fp32")}
-    arguments = {name: kinds.get(name, f"*{word}") for name in POINTERS}
-    arguments |= {f"{t}{s}": "stride" for t in "qkv" for s in "bhn"}
-    arguments |= {n: "stride" if n in "de" else "i32" for n in LENGTHS}
-    sizes: dict[str, Any] = {"DEGREE": 2, "CAUSAL": True, "WD": 64, "WIDE": 64}
-    sizes |= polynomial.words(dtype)
-    return [
-        Entry(
-            "window + polynomial 2, heads of 64", "sparse_polynomial 64", "sparse_polynomial",
-            config, at == 0,
-            Job(path, "sparse_polynomial", arguments,
-                sizes | config.constexprs(("BM", "BN", "BK")), word, config.warps, config.stages,
-                target),
-            None,
-        )
-        for target in targets
-        for at, config in enumerate(
-            usable("sparse_polynomial", 64, CONFIGS, word, target)[: None if every else 1]
-        )
-    ]  # fmt: skip
+    """For ``structc bench triton``."""
+    q, k, v = torch.empty(3, 1, 8, 4096, 64, dtype=dtype, device="meta").unbind(0)
+    rule = Rule((1.0, 1.0, 0.5), causal=True)
+    return method_kernel.entries(
+        "window + polynomial 2, heads of 64", lambda: apply(q, k, v, rule, 256, 4), targets, every
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -49,6 +49,16 @@ def ranks(dims: int, degree: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each monomial the degree, and the multinomial."""
     chosen, counts = monomials(dims, degree)
     return np.array([len(c) for c in chosen]), np.array(counts)
+
+
+def weights_of(a: Sequence[float], dims: int) -> Tensor:
+    """``a_p multinomial`` of each monomial, float64.
+
+    >>> weights_of((1.0, 1.0, 0.5), 2).tolist()
+    [1.0, 1.0, 1.0, 0.5, 1.0, 0.5]
+    """
+    orders, counts = ranks(dims, len(a) - 1)
+    return torch.tensor(np.asarray(a)[orders] * counts, dtype=torch.float64)
 
 
 def features(x: Tensor, degree: int) -> Tensor:
@@ -106,31 +116,41 @@ def feature_attention(
     k: Tensor,
     v: Tensor,
     rule: Rule,
-    weights: Tensor,
     decay: Tensor | None = None,
-    kernel: Callable[..., Any] | None = None,
+    *,
+    weights: Tensor | None = None,
+    kernel: Any = None,
 ) -> Tensor:
     """Rows of :func:`feature_sums` of ``[v, 1]``, divided by their last number.
 
     Args:
-        kernel: gives output and divisors, or None where the scan is to run; its ``backward`` gives
-            gradients.
+        q, k: in at least float32; a kernel takes them in v's dtype.
+        weights: of each monomial, if not those of the rule: no kernel knows others.
+        kernel: ``(q, k, v, rule, decay)`` to output and divisors, or None where the scan is to run;
+            ``serves(q, k, v)`` says whether it may be asked, ``backward`` gives gradients.
 
     >>> q, k, v = torch.randn(3, 1, 1, 9, 2).unbind(0)
-    >>> even = feature_attention(q, k, v, Rule((1.0,)), torch.ones(1))
+    >>> even = feature_attention(q, k, v, Rule((1.0,)))
     >>> torch.allclose(even, v.mean(2, keepdim=True).expand_as(v), atol=1e-6)
     True
     """
-    if kernel is None:
-        return _divided(q, k, v, weights, decay, rule)
-    found: Tensor = _Kernel.apply(q, k, v, weights, decay, rule, kernel)
+    if kernel is None or weights is not None or not kernel.serves(q, k, v):
+        return _divided(q, k, v, decay, rule, weights)
+    found: Tensor = _Kernel.apply(q.to(v.dtype), k.to(v.dtype), v, decay, rule, kernel)
     return found
 
 
 def _divided(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, decay: Tensor | None, rule: Rule
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    rule: Rule,
+    weights: Tensor | None = None,
 ) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if weights is None:
+        weights = weights_of(rule.a, q.shape[-1]).to(q.device, wide)
     x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
     y = feature_sums(q.to(wide), k.to(wide), x, rule, weights, decay)
     return (y[..., :-1] / y[..., -1:]).to(v.dtype)
@@ -145,29 +165,28 @@ class _Kernel(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        weights: Tensor,
         decay: Tensor | None,
         rule: Rule,
-        kernel: Callable[..., Any],
+        kernel: Any,
     ) -> Tensor:
-        done = kernel(q, k, v, rule, weights, decay)
-        o, z = done or (_divided(q, k, v, weights, decay, rule), None)
-        ctx.save_for_backward(q, k, v, weights, decay, o, z)
+        done = kernel(q, k, v, rule, decay)
+        o, z = done or (_divided(q, k, v, decay, rule), None)
+        ctx.save_for_backward(q, k, v, decay, o, z)
         ctx.rule, ctx.kernel = rule, kernel
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, decay, o, z = ctx.saved_tensors
-        rest = (None, None, None, None)
+        q, k, v, decay, o, z = ctx.saved_tensors
+        rest = (None, None, None)
         if z is not None and not torch.is_grad_enabled():
-            given = ctx.kernel.backward(q, k, v, ctx.rule, weights, decay, o, z, grads[0])
+            given = ctx.kernel.backward(q, k, v, ctx.rule, decay, o, z, grads[0])
             if given is not None:
                 return (*given, *rest)
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             leaves = [t.view_as(t) if again else t.detach().requires_grad_() for t in (q, k, v)]
-            y = _divided(leaves[0], leaves[1], leaves[2], weights, decay, ctx.rule)
+            y = _divided(leaves[0], leaves[1], leaves[2], decay, ctx.rule)
         asked = [t for t in leaves if t.requires_grad]
         found = iter(torch.autograd.grad(y, asked, grads[0], create_graph=again))
         return (*(next(found) if t.requires_grad else None for t in leaves), *rest)

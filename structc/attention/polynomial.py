@@ -18,6 +18,7 @@ from structc.attention.feature_sums import (
     feature_attention,
     feature_sums,
     ranks,
+    weights_of,
 )
 from structc.attention.kernels import kernel_for
 from structc.attention.stats import HeadStats
@@ -158,11 +159,11 @@ class Polynomial(AbstractMethod):
         check_qkv(q, k, v)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = self._prepared(q.to(wide), k.to(wide))
-        kernel = None if self.dropout else kernel_for(self.name, q)  # scores know no dropout
-        if kernel is not None:
-            queries, keys = queries.to(q.dtype), keys.to(q.dtype)
-        weights = self.weights(queries)
-        return feature_attention(queries, keys, v, self.rule(), weights, kernel=kernel), None
+        weights = self.weights(queries) if self.dropout else None
+        kernel = kernel_for(self.name, q, k, v)
+        return feature_attention(
+            queries, keys, v, self.rule(), weights=weights, kernel=kernel
+        ), None
 
     def sums(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """``f(q k^T) x`` over the keys that each query sees; the scale is in q already."""
@@ -184,10 +185,9 @@ class Polynomial(AbstractMethod):
 
     def weights(self, like: Tensor) -> Tensor:
         """``a_p multinomial`` of each feature, what is dropped at 0."""
-        orders, counts = ranks(like.shape[-1], self.degree)
-        found = np.asarray(self.coefficients())[orders] * counts
-        weights = torch.tensor(found, dtype=like.dtype)
+        weights = weights_of(self.coefficients(), like.shape[-1]).to(like)
         if self.dropout and torch.is_grad_enabled() and like.requires_grad:
+            orders, _ = ranks(like.shape[-1], self.degree)
             high = torch.tensor(orders > 1)
             kept = (torch.rand(len(orders)) >= self.dropout).to(weights) / (1 - self.dropout)
             weights = torch.where(high, weights * kept, weights)

@@ -80,8 +80,7 @@ class SparseLowRank(AbstractMethod):
         rule, outside, n, m = self._rule(), self._outside(), q.shape[2], k.shape[2]
         kernel = kernel_for(self.name, q, k, v)
         if kernel is not None:
-            own, weights = queries.to(q.dtype), outside.weights(queries)
-            done = kernel(own, k, v, outside.rule(), weights, self.window, self.sinks)
+            done = kernel(queries, keys, v, outside.rule(), self.window, self.sinks)
             if done is not None:
                 return torch.as_tensor(done), None
         x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)

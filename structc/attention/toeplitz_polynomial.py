@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -95,10 +96,9 @@ class ToeplitzPolynomial(AbstractMethod):
         by_lag = self.lags or self.frequencies
         kernel = kernel_for(self.name, q, k, v)
         if kernel is not None and self._one_state(q, k):
-            rule, weights = self._inner().rule(), self._inner().weights(queries)
-            decay = queries.new_tensor(self.slopes).expand(q.shape[1]) if self.slopes else None
-            own = queries.to(q.dtype)
-            return feature_attention(own, k, v, rule, weights, decay, kernel), None
+            decay = _slopes(self.slopes, q.device).expand(q.shape[1]) if self.slopes else None
+            rule = self._inner().rule()
+            return feature_attention(queries, keys, v, rule, decay, kernel=kernel), None
         x = torch.cat([v.to(wide), v.new_ones(*v.shape[:3], 1, dtype=wide)], -1)
         y = (self._convolved if by_lag else self._scanned)(queries, keys, x)
         return (y[..., :-1] / y[..., -1:]).to(q.dtype), None
@@ -194,6 +194,13 @@ class ToeplitzPolynomial(AbstractMethod):
         size = float(queries + keys)
         transform = 2.5 * size * max(1, int(size).bit_length() - 1) + 3 * size
         return many * (2 * head_dim + 3) * transform
+
+
+@functools.lru_cache(maxsize=32)
+def _slopes(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to a device once, and no inference tensor: gradients may need it."""
+    with torch.inference_mode(False):
+        return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 def rotated(x: Tensor, frequencies: tuple[float, ...]) -> Tensor:

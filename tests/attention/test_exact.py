@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from structc import attend, ops
 from structc.attention import exact
@@ -172,6 +173,35 @@ def test_a_traced_gradient_is_one_operator() -> None:
     exact(*plain, is_causal=True, window=5, sinks=1).square().sum().backward()
     for a, b in zip(given, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_traced_gradient_knows_rows_that_see_little() -> None:
+    """Rows whose seen scores come near the fill go through the reference, traced or not."""
+    q, k, v = qkv(9, 9, batch=1)
+    form = Softmax(1.0, causal=True, fill=-5.0)
+    q[:, :, 4] *= 30
+
+    def gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            o, _ = attend.attention(leaves[0], leaves[1], leaves[2], form)
+        return torch.autograd.grad(o, leaves[:1], 2 * o.detach())[0]
+
+    graph = make_fx(gradient, tracing_mode="fake")(q, k, v)
+    assert any("attention_backward" in str(node.target) for node in graph.graph.nodes)
+    with torch.enable_grad():
+        torch.testing.assert_close(graph(q, k, v), gradient(q, k, v))
+
+
+def test_a_traced_gradient_has_none_and_says_so() -> None:
+    q, k, v = qkv(9, 9, batch=1)
+    slope = torch.ops.structc.attention_backward
+    given = [t.requires_grad_() for t in (q, k, v)]
+    o, lse = (t.detach() for t in attend.attention(*given, Softmax(0.3, causal=True)))
+    none = [None] * 5
+    dq, *_ = slope(*given, *none, o, lse, o, lse, str(Softmax(0.3, causal=True)))
+    with pytest.raises(NotImplementedError, match="second gradient"):
+        dq.sum().backward()
 
 
 def test_torch_compile_takes_it() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from structc.codegen.triton import aot, load, polynomial
+from structc.codegen.triton import aot, conv_basis, load, monarch, polynomial, sparse_polynomial
 from structc.codegen.triton.aot import Job
 from structc.codegen.triton.attention import KERNELS
 from structc.codegen.triton.attention_table import CASES
@@ -20,9 +20,11 @@ from structc.codegen.triton.tile import DTYPES
 from structc.errors import ConfigError
 from structc.records import Refusal
 
-METHODS = (
-    "conv_basis", "monarch_right", "monarch_middle", "monarch_left", "sparse_polynomial",
-    *(f"polynomial_{kernel}" for kernel in polynomial.KERNELS),
+METHODS = tuple(
+    kernel.name
+    for kernel in (
+        conv_basis.KERNEL, sparse_polynomial.KERNEL, *monarch.KERNELS, *polynomial.KERNELS
+    )
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from unwritten import nothing_written
 from structc.attention import Polynomial, SparseLowRank, ToeplitzPolynomial
 from structc.attention import kernels as lookup
 from structc.attention.base import AbstractMethod
-from structc.codegen.triton import attempt, polynomial, sparse_polynomial
+from structc.codegen.triton import attempt, method_kernel, polynomial, sparse_polynomial
 from structc.codegen.triton.polynomial_source import SOURCE
 from structc.numerics import relative_error
 
@@ -46,7 +47,7 @@ def check(method: AbstractMethod, given: list[Tensor], gradients: bool) -> None:
         if gradients:
             o.backward(slope)
     want = plainly(method, *wide)
-    assert not attempt.failures() and bool(polynomial._tried) and o.dtype == dtype
+    assert not attempt.failures() and bool(method_kernel._tried) and o.dtype == dtype
     assert relative_error(o.detach(), want.detach()) <= TOLERANCE[dtype]
     if gradients:
         want.backward(slope.double())
@@ -102,11 +103,11 @@ def test_states_that_decay(slopes: tuple[float, ...], backend: Any) -> None:
     ],
 )
 def test_window_and_polynomial(
-    sizes: Sizes, window: int, sinks: int, causal: bool, backend: Any
+    sizes: Sizes, window: int, sinks: int, causal: bool, backend: Any, ran: Any
 ) -> None:
     method = SparseLowRank(window, sinks, is_causal=causal)
     check(method, inputs(sizes, torch.float32, loud=0.8), gradients=False)
-    assert bool(sparse_polynomial._tried)
+    assert ran("sparse_polynomial")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -135,26 +136,47 @@ def test_a_gradient_of_the_gradient(backend: Any) -> None:
     assert k.grad is not None and relative_error(single[1].grad, k.grad) <= 1e-5
 
 
-def test_where_the_plain_form_runs(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_plain_form_runs(backend: Any, ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polynomial, "WIDEST", 3)
     given = inputs((20, 20, 4, 4), torch.float32)
     leaves = [t.clone().requires_grad_() for t in given]
     o = Polynomial(2)(*leaves)
     o.sum().backward()
-    assert not polynomial._tried and leaves[0].grad is not None
+    assert not ran("") and leaves[0].grad is not None
     torch.testing.assert_close(o, plainly(Polynomial(2), *given))
     near = SparseLowRank(3)(*given)
     torch.testing.assert_close(near, plainly(SparseLowRank(3), *given))
     monkeypatch.setattr(polynomial, "WIDEST", 128)
     SparseLowRank(3)(*leaves).sum().backward()  # there is no kernel for its gradient
-    assert not sparse_polynomial._tried
+    assert not ran("sparse_polynomial")
+
+
+def test_what_is_not_served_is_as_exact_as_without_kernels(
+    backend: Any, ran: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polynomial, "WIDEST", 3)
+    given = inputs((20, 20, 4, 4), torch.bfloat16)
+    for method in (Polynomial(2), SparseLowRank(3), ToeplitzPolynomial(2)):
+        assert torch.equal(method(*given), plainly(method, *given))
+    assert not ran("")
+
+
+def test_dropout_is_for_the_scan(backend: Any, ran: Any) -> None:
+    given = [t.requires_grad_() for t in inputs((20, 20, 4, 4), torch.float32)]
+    Polynomial(2, dropout=0.5)(*given).sum().backward()
+    assert not ran("") and all(t.grad is not None for t in given)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", polynomial.CONFIGS)
 def test_every_config(config: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polynomial, "CONFIGS", (config,))
-    monkeypatch.setattr(sparse_polynomial, "CONFIGS", (config,))
+    for module, names in (
+        (polynomial, ("STATES", "WHOLE_STATES", "OUTPUTS", "QUERIES", "KEYS")),
+        (sparse_polynomial, ("KERNEL",)),
+    ):
+        for name in names:
+            kernel = getattr(module, name)
+            monkeypatch.setattr(module, name, replace(kernel, configs=(config,)))
     given = inputs((140, 140, 3, 5), torch.float32)
     check(Polynomial(2, is_causal=True), given, gradients=True)
     check(SparseLowRank(10), given, gradients=False)
