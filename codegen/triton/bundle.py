@@ -1,7 +1,7 @@
 """Bundles: kernels for one GPU, compiled where there is none, and found there without a compiler.
 
     bundle.json     target, versions, for each program, dtype and number of rows its plans, and
-                    for each attention its configs
+                    for each attention, and each launch of an attention method, its configs
     kernels/KEY/    what Triton's cache would hold: the binary and its metadata
 
 A key is a hash over the source, Triton itself, the target and all options: a bundle that does not
@@ -22,15 +22,25 @@ import torch
 
 import structc
 from structc import attend, ops
-from structc.codegen.triton import aot, attention, bundle_attention, load, serve
+from structc.codegen.triton import (
+    aot,
+    attention,
+    bundle_attention,
+    bundle_methods,
+    load,
+    method_kernel,
+    serve,
+)
 from structc.codegen.triton.aot import Compiled, Job
 from structc.codegen.triton.attempt import Tuned
 from structc.codegen.triton.bundle_attention import BuiltAttention
+from structc.codegen.triton.bundle_methods import BuiltMethod
 from structc.codegen.triton.calls import AttentionCall, Call, TileCall
 from structc.codegen.triton.config import Config, checked
 from structc.codegen.triton.device import running
 from structc.codegen.triton.emit import emit
 from structc.codegen.triton.entry import stage_jobs
+from structc.codegen.triton.method_kernel import MethodCall
 from structc.codegen.triton.plan import VARIANTS, Plan, plans, room
 from structc.codegen.triton.serve import bucket_of
 from structc.codegen.triton.targets import TARGETS, GpuTarget
@@ -40,7 +50,8 @@ from structc.files import write_atomic
 from structc.forms import Tile
 from structc.records import Refusal
 
-FORMAT = 2
+FORMAT = 3
+LISTS = ("programs", "attention", "methods")
 MANIFEST, FOLDER = "bundle.json", "kernels"
 MANY = 2
 """Plans of a program that are compiled: the first, and the one to hold it against."""
@@ -74,7 +85,7 @@ def build(
     folder: Path,
     *,
     progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> list[Built | BuiltAttention]:
+) -> list[Built | BuiltAttention | BuiltMethod]:
     """Compile the kernels of calls for a GPU into a new folder.
 
     Args:
@@ -90,6 +101,7 @@ def build(
     tiles = [c for c in calls if isinstance(c, TileCall)]
     buckets = dict.fromkeys((c.program, c.dtype, bucket_of(c.rows)) for c in tiles)
     seen = [c for c in calls if isinstance(c, AttentionCall)]
+    others = [c for c in calls if isinstance(c, MethodCall)]
     with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".bundle-") as text:
         work = Path(text)
         (work / "out").mkdir()
@@ -97,6 +109,7 @@ def build(
         _compile(some, target, work / "cache", progress)
         found = [one.built() for one in some]
         attended = bundle_attention.build(seen, target, work / "cache", progress)
+        launched = bundle_methods.build(others, target, work / "cache", progress)
         _keep(work / "cache", work / "out" / FOLDER)
         manifest = {
             "format": FORMAT,
@@ -109,14 +122,15 @@ def build(
                 for b in found if b.plans
             ],
             "attention": [b.data() for b in attended if b.configs],
+            "methods": [b.data() for b in launched if b.configs],
         }  # fmt: skip
         write_atomic(work / "out" / MANIFEST, json.dumps(manifest, indent=1).encode())
         (work / "out").rename(folder)
-    return [*found, *attended]
+    return [*found, *attended, *launched]
 
 
 def use_bundle(path: str | Path, *, rerank: bool = False) -> int:
-    """Take a bundle's kernels from here on; how many programs and attentions it has kernels for.
+    """Take a bundle's kernels from here on; how many programs, attentions and kernels of methods.
 
     Its binaries are copied to Triton's cache, where calls find them.
 
@@ -138,15 +152,18 @@ def use_bundle(path: str | Path, *, rerank: bool = False) -> int:
         )
     tuned = dict(_programs(manifest, folder))
     attended = [_read(folder, e, _attention, rerank) for e in manifest["attention"]]
+    launched = dict(_read(folder, e, _method, rerank) for e in manifest["methods"])
     _install(folder / FOLDER)
     attention.TUNED.update(attended)
     attention.source_of.cache_clear()
+    method_kernel.TUNED.update(launched)
+    method_kernel.forget()
     for (program, dtype), found in tuned.items():
         own = {rows: Tuned(some, rerank) for rows, some in found.items()}
         serve.TUNED.setdefault((program, dtype), {}).update(own)
     ops.search_again()
     attend.forget()
-    return len(tuned) + len(attended)
+    return len(tuned) + len(attended) + len(launched)
 
 
 # ---------------------------------------------------------------------------- building
@@ -261,7 +278,7 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
         raise ConfigError(f"{folder} has format {found}, this version reads {FORMAT}")
-    lists = all(isinstance(data.get(name), list) for name in ("programs", "attention"))
+    lists = all(isinstance(data.get(name), list) for name in LISTS)
     if data.get("target") not in TARGETS or not lists:
         raise ConfigError(f"{folder / MANIFEST} is damaged: no target or no programs")
     return data
@@ -300,6 +317,10 @@ def _tile(entry: Mapping[str, Any]) -> tuple[Tile, torch.dtype, int, tuple[Plan,
 
 def _attention(entry: Mapping[str, Any], rerank: bool) -> tuple[AttentionCall, Tuned[Config]]:
     return bundle_attention.parse(entry, rerank=rerank)
+
+
+def _method(entry: Mapping[str, Any], rerank: bool) -> tuple[method_kernel.Key, Tuned[Config]]:
+    return bundle_methods.parse(entry, rerank=rerank)
 
 
 def _plan(data: Mapping[str, Any], form: Tile, dtype: torch.dtype) -> Plan:

@@ -56,16 +56,34 @@ def build(
 ) -> list[BuiltAttention]:
     """Compile the forward kernels of calls into a cache."""
     some = [configs_of(call, target) for call in calls]
-    jobs = [_job(c, config, target) for c, own in zip(calls, some, strict=True) for config in own]
-    progress("attention", 0, len(jobs))
-    made = iter(aot.compiled(jobs, cache=cache))
-    progress("attention", len(jobs), len(jobs))
+    jobs = [[_job(c, one, target) for one in own] for c, own in zip(calls, some, strict=True)]
+    made = compiled_groups("attention", jobs, target, cache, progress)
     found = []
-    for call, own in zip(calls, some, strict=True):
-        rows = [(config, next(made)) for config in own]
-        able = [c for c, m in rows if m.status == "ok" and m.shared_bytes <= target.shared]
-        why = "" if able else f"nothing compiles: {rows[0][1].status}" if rows else _unserved(call)
-        found.append(BuiltAttention(call, why, tuple(able)))
+    for call, own, (able, why) in zip(calls, some, made, strict=True):
+        found.append(BuiltAttention(call, _unserved(call) or why, tuple(own[at] for at in able)))
+    return found
+
+
+def compiled_groups(
+    what: str,
+    groups: Sequence[Sequence[Job]],
+    target: GpuTarget,
+    cache: Path,
+    progress: Callable[[str, int, int], None],
+) -> list[tuple[list[int], str]]:
+    """Of each group of jobs which have a kernel that fits, and why none has."""
+    every = [job for group in groups for job in group]
+    progress(what, 0, len(every))
+    made = iter(aot.compiled(every, cache=cache))
+    progress(what, len(every), len(every))
+    found = []
+    for group in groups:
+        rows = [next(made) for _ in group]
+        able = [
+            at for at, m in enumerate(rows) if m.status == "ok" and m.shared_bytes <= target.shared
+        ]
+        why = f"nothing compiles: {rows[0].status}" if rows and not able else ""
+        found.append((able, why))
     return found
 
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structc.attention import by_head
+from structc.attention.kernels import given_by
 from structc.codegen.triton.config import power_above
+from structc.codegen.triton.method_kernel import MethodCall, noted
+from structc.codegen.triton.methods import KERNELS
 from structc.codegen.triton.softmax import Shape
 from structc.softmax import Extras, Softmax
 
@@ -46,12 +50,12 @@ class AttentionCall:
     keys: int
 
 
-Call = TileCall | AttentionCall
+Call = TileCall | AttentionCall | MethodCall
 
 
 def recorded(call: Callable[[], object]) -> tuple[Call, ...]:
-    """The calls of tile programs and of attention, each once, in order; dense products with an
-    activation too.
+    """The calls of tile programs, of attention and of kernels of its methods, each once, in order;
+    dense products with an activation too.
 
     Args:
         call: runs the model on inputs of the sizes that it will see.
@@ -62,7 +66,7 @@ def recorded(call: Callable[[], object]) -> tuple[Call, ...]:
     (TileCall(program='block(1,4,8,1)', dtype=torch.float32, rows=3),)
     """
     recorder = _Recorder()
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), given_by(recorder.method), recorder:
         call()
     return tuple(dict.fromkeys(recorder.found))
 
@@ -101,10 +105,29 @@ class _Recorder(TorchDispatchMode):
             sizes = power_above(q.shape[2]), power_above(k.shape[2])
             self.found.append(AttentionCall(shape, q.dtype, *sizes))
 
+    def method(self, name: str) -> _Noting | None:
+        """What notes a method's launches; None for one without kernels."""
+        return _Noting(KERNELS[name], self.found) if name in KERNELS else None
+
     def _add(self, program: str, x: Any) -> None:
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
         if rows:
             self.found.append(TileCall(program, x.dtype, rows))
+
+
+class _Noting:
+    """A method's kernel whose launches are noted; the plain form gives the result."""
+
+    def __init__(self, kernel: Any, found: list[Call]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def serves(self, *given: Tensor) -> bool:
+        return bool(self.kernel.serves(*given))
+
+    def __call__(self, *given: Any) -> None:
+        with noted() as calls:
+            self.kernel(*given)
+        self.found += calls
 
 
 def _by_head(q: Any, k: Any, v: Any, keys: Any, form: str, heads: str) -> Any:

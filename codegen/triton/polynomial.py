@@ -83,6 +83,7 @@ class PolynomialKernel:
 
     Memory: states of each chunk, ``n / chunk`` of ``D e`` numbers a head in q's dtype (float32 for
     float16); a chunk is a quarter of the D monomials, so that is about ``4 n e``, four times v.
+    Where there is no such room the answer is None.
     """
 
     def serves(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -188,7 +189,10 @@ def states(
     chunks, count = -(-n // given.chunk), given.many
     half = kernel is STATES and x.dtype == torch.bfloat16
     kept = torch.bfloat16 if half else torch.float32
-    state = torch.empty(b, h, chunks + 1, count, e, dtype=kept, device=x.device)
+    try:
+        state = torch.empty(b, h, chunks + 1, count, e, dtype=kept, device=x.device)
+    except torch.OutOfMemoryError:  # the scan holds one state
+        return None
     mass = torch.empty(b, h, chunks + 1, count, dtype=torch.float32, device=x.device)
     done = kernel.run(
         [x, y, *(back or (mass, mass)), given.places, given.slopes, state, mass], [x, y],

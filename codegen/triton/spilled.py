@@ -1,15 +1,16 @@
-"""Configs that compiled code says no to: registers that spill, too much shared memory.
+"""What compiled code said of configs: bytes of registers that spill, or no room at all.
 
 ``spilled.json`` is data, by target, dtype and kind of kernel. Compiling tells what no estimate of
-registers does; defaults are chosen without these. After a change of a kernel or of Triton
-``python -m structc.codegen.triton.spilled`` compiles all defaults, adds those that spill, and goes
-on with the next ones until none does.
+registers does; defaults are chosen by it. After a change of a kernel or of Triton
+``python -m structc.codegen.triton.spilled`` compiles all defaults, notes what spills, and goes on
+with what becomes the default instead, until there is nothing new to compile.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 from structc.codegen.triton.config import Config
 
 PATH = Path(__file__).with_name("spilled.json")
-Found = dict[str, dict[str, dict[str, list[str]]]]
+Found = dict[str, dict[str, dict[str, dict[str, int | None]]]]
+"""Bytes, None for no room: by target, dtype, kernel and config."""
 
 
 @functools.cache
@@ -26,8 +28,8 @@ def _table() -> Found:
     return found
 
 
-def spills(key: str, config: Config, dtype: str, target: str) -> bool:
-    """Whether a config is known to spill.
+def spilled(key: str, config: Config, dtype: str, target: str) -> float:
+    """Bytes of a thread that a config is known to spill; infinity where it has no room.
 
     Args:
         key: kind of a stage, or a kernel with the width of a head: ``"monarch_left 64"``.
@@ -36,14 +38,14 @@ def spills(key: str, config: Config, dtype: str, target: str) -> bool:
         target: name of a GPU.
     """
     dtype = "fp32" if dtype == "tf32" else dtype
-    return str(config) in _table().get(target, {}).get(dtype, {}).get(key, ())
+    known = _table().get(target, {}).get(dtype, {}).get(key, {}).get(str(config), 0)
+    return math.inf if known is None else known
 
 
 def usable(
     kernel: str, width: int, configs: Sequence[Config], dtype: str, target: str
 ) -> list[Config]:
-    """Configs in their order; those that are known to spill at the end, the last ones first: they
-    are the smallest.
+    """Configs in their order; those that are known to spill behind them, the least first.
 
     A width that nobody compiled counts as the next one that somebody did, or as the widest.
 
@@ -54,40 +56,38 @@ def usable(
     known = _table().get(target, {}).get(dtype, {})
     widths = sorted(int(k.rsplit(" ", 1)[1]) for k in known if k.rsplit(" ", 1)[0] == kernel)
     own = next((w for w in widths if w >= width), max(widths, default=width))
-    bad = [c for c in configs if spills(f"{kernel} {own}", c, dtype, target)]
-    return [*(c for c in configs if c not in bad), *bad[::-1]]
+    return sorted(configs, key=lambda c: spilled(f"{kernel} {own}", c, dtype, target))
 
 
 def learn() -> None:
-    """Compile defaults and write down what spills, until no default does."""
+    """Compile defaults and write down what they take, until all of them were compiled."""
     from structc.codegen.triton.table import table, wanted
     from structc.codegen.triton.targets import TARGETS
     from structc.codegen.triton.tile import DTYPES
 
     seen: set[Any] = set()
     while True:
-        every = wanted(list(DTYPES), list(TARGETS), every=False)
-        left = [
-            e for e in every if (e.key, e.config, e.job.dtype, e.job.target, e.case) not in seen
-        ]
+        every = {
+            (e.key, e.config, e.job.dtype, e.job.target, e.job.function, e.case): e
+            for e in wanted(list(DTYPES), list(TARGETS), every=False)
+        }
+        left = [e for key, e in every.items() if key not in seen]
+        seen |= every.keys()
+        if not left:
+            return
         bad = 0
         for entry, row in zip(left, table(left, progress=lambda *at: print(*at)), strict=True):
-            seen.add((entry.key, entry.config, entry.job.dtype, entry.job.target, entry.case))
-            limit = TARGETS[entry.job.target].shared
-            if row["status"] == "ok" and not row["spilled_bytes"] and row["shared_bytes"] <= limit:
-                continue
-            kinds = _table().setdefault(entry.job.target, {}).setdefault(entry.job.dtype, {})
-            known = kinds.setdefault(entry.key, [])
-            if str(entry.config) not in known:
-                known.append(str(entry.config))
-                bad += 1
-        for kinds in (k for dtypes in _table().values() for k in dtypes.values()):
-            for known in kinds.values():
-                known.sort()
+            job = entry.job
+            fits = row["status"] == "ok" and row["shared_bytes"] <= TARGETS[job.target].shared
+            kinds = _table().setdefault(job.target, {}).setdefault(job.dtype, {})
+            known = kinds.setdefault(entry.key, {})
+            before = known.get(str(entry.config), 0)
+            own: int | None = row["spilled_bytes"] if fits else None
+            worst = None if own is None or before is None else max(own, before)
+            known[str(entry.config)] = worst
+            bad += own != 0
         PATH.write_text(json.dumps(_table(), indent=1, sort_keys=True) + "\n")
-        print(f"{len(left)} compiled, {bad} more spill")
-        if not bad:
-            return
+        print(f"{len(left)} compiled, {bad} spill or have no room")
 
 
 if __name__ == "__main__":  # the module that the others import holds the table, not this one

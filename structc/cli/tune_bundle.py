@@ -71,14 +71,19 @@ def _compiled(model: str, artifact: Path | None, text: TextOptions, *, trust: bo
 
 def _rows(found: Any) -> dict[str, list[dict[str, Any]]]:
     from structc.codegen.triton.bundle_attention import BuiltAttention
+    from structc.codegen.triton.bundle_methods import BuiltMethod
 
-    rows: dict[str, list[dict[str, Any]]] = {"programs": [], "attention": []}
+    rows: dict[str, list[dict[str, Any]]] = {"programs": [], "attention": [], "methods": []}
     for one in found:
         told = {"dtype": str(one.call.dtype).removeprefix("torch."), "refusal": one.refusal}
         if isinstance(one, BuiltAttention):
             configs = [str(c) for c in one.configs]
             told |= {"queries": one.call.queries, "keys": one.call.keys, "configs": configs}
             rows["attention"].append({"form": str(one.call.shape.form), **told})
+        elif isinstance(one, BuiltMethod):
+            sizes = ", ".join(f"{name} {int(size)}" for name, size in one.call.sizes)
+            told |= {"sizes": sizes, "configs": [str(c) for c in one.configs]}
+            rows["methods"].append({"kernel": one.call.kernel.name, **told})
         else:
             told |= {"rows": one.call.rows, "plans": list(one.plans)}
             rows["programs"].append({"program": one.call.program, **told})
@@ -89,7 +94,9 @@ def _lines(data: dict[str, Any]) -> list[str]:
     rows = data["programs"]
     kept = [r for r in rows if r["plans"]]
     seen = [r for r in data["attention"] if r["configs"]]
-    what = f"{len(kept)} programs" + (f" and {len(seen)} attentions" if seen else "")
+    methods = [r for r in data["methods"] if r["configs"]]
+    counts = ((kept, "programs"), (seen, "attentions"), (methods, "launches of attention methods"))
+    what = " and ".join(f"{len(some)} {name}" for some, name in counts if some or some is kept)
     lines = [
         f"{data['bundle']}: kernels of {what} for {data['target']} ({data['gpu']}), compiled; "
         "nothing was timed.",
@@ -109,5 +116,10 @@ def _lines(data: dict[str, Any]) -> list[str]:
         told = row["configs"][0] if row["configs"] else row["refusal"]
         sizes = f"{row['queries']:>7} {row['keys']:>6} {row['dtype']:<8}"
         lines.append(f"{sizes}  {row['form']}, {told}")
+    if data["methods"]:
+        lines += ["", f"{'dtype':<8}  kernels of attention methods, the first config of each"]
+    for row in data["methods"]:
+        told = row["configs"][0] if row["configs"] else row["refusal"]
+        lines.append(f"{row['dtype']:<8}  {row['kernel']} ({row['sizes']}), {told}")
     lines += ["", "On that GPU:", f"    structc.use_bundle({data['bundle']!r})"]
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ import torch
 
 import structc
 from structc import attend, ops
-from structc.attention import WindowSinks
+from structc.attention import Monarch, Polynomial, SparseLowRank, WindowSinks, kernels
 from structc.attention.by_head import HeadGroup, text_of
 from structc.codegen.cpu.samples import sample
-from structc.codegen.triton import aot, attention, bundle, bundle_attention, serve, timing
+from structc.codegen.triton import (
+    aot,
+    attention,
+    bundle,
+    bundle_attention,
+    method_kernel,
+    serve,
+    timing,
+)
 from structc.codegen.triton.bundle_attention import BuiltAttention
+from structc.codegen.triton.bundle_methods import BuiltMethod
 from structc.codegen.triton.calls import AttentionCall, TileCall, recorded
+from structc.codegen.triton.method_kernel import MethodCall
 from structc.codegen.triton.serve import TUNED, bucket_of
 from structc.codegen.triton.softmax import Shape
 from structc.codegen.triton.targets import target_of
@@ -28,12 +39,20 @@ from structc.softmax import NOTHING, Extras, Softmax, softmax_reference
 
 MONARCH = "block(4,12,10,1) permute(4,12) block(12,5,4,1) bias(60)"
 CAUSAL = Shape(Softmax(0.25, causal=True), 16, 16)
+Q = 0.3 * torch.randn(3, 1, 2, 200, 16)
+METHODS = tuple(
+    replace(call, dtype=torch.bfloat16)
+    for method in (Polynomial(2, is_causal=True), SparseLowRank(20, 2), Monarch(14, 2))
+    for call in recorded(lambda method=method: method(*Q))  # type: ignore[misc]
+    if isinstance(call, MethodCall)
+)
 CALLS = (
     TileCall(MONARCH, torch.bfloat16, 37),
     TileCall(MONARCH, torch.bfloat16, 60),  # the same number of rows, in powers of two
     TileCall(str(Tile((Convolve.circulant(1 << 17),))), torch.float32, 5),
     AttentionCall(CAUSAL, torch.bfloat16, 64, 64),
     AttentionCall(Shape(Softmax(0.1), 300, 16), torch.float32, 64, 64),
+    *METHODS,
 )
 
 
@@ -52,6 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(ops.BACKENDS, "cpu", serve.__name__)
     monkeypatch.setattr(serve, "TUNED", TUNED)
     monkeypatch.setattr(attention, "TUNED", {})
+    monkeypatch.setattr(method_kernel, "TUNED", {})
     ops.detach_all()
     TUNED.clear()
     yield tmp_path / "cache"
@@ -61,13 +81,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_what_a_bundle_holds(built: tuple[Path, list[Any]]) -> None:
     folder, found = built
-    one, other, causal, wide = found
+    one, other, causal, wide, *methods = found
     assert isinstance(one, bundle.Built) and isinstance(other, bundle.Built)
     assert (len(one.plans), len(other.plans)) == (bundle.MANY, 0)
     assert "the FFT is a library's" in other.refusal and not one.refusal
     assert isinstance(causal, BuiltAttention) and len(causal.configs) == 2 and not causal.refusal
     assert isinstance(wide, BuiltAttention) and not wide.configs and "300" in wide.refusal
+    assert all(isinstance(m, BuiltMethod) and len(m.configs) == 2 for m in methods)
     data = json.loads((folder / bundle.MANIFEST).read_text())
+    assert [e["kernel"] for e in data["methods"]] == [
+        "polynomial_states", "polynomial_outputs", "polynomial_states", "sparse_polynomial",
+        "monarch_right", "monarch_left", "monarch_middle", "monarch_right", "monarch_left",
+    ]  # fmt: skip
     (entry,) = data["programs"]
     assert (data["target"], entry["program"], entry["rows"]) == ("cuda:90", MONARCH, 64)
     for plan in entry["plans"]:
@@ -80,13 +105,16 @@ def test_a_gpu_machine_compiles_nothing(
     built: tuple[Path, list[Any]], cache: Path, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(built[0], tmp_path / "elsewhere")
-    assert structc.use_bundle(moved) == 2
+    assert structc.use_bundle(moved) == 2 + len({m.key for m in METHODS})
     plans = TUNED[MONARCH, torch.bfloat16][64].ways
     jobs = [j for p in plans for j in bundle._jobs(p, torch.bfloat16, target_of("cuda:90"))]
     (call,) = attention.TUNED
     own = attention.TUNED[call].ways
     assert call == CALLS[3] and len(own) == 2
     jobs += [bundle_attention._job(call, config, target_of("cuda:90")) for config in own]
+    for launch in METHODS:
+        own = method_kernel.TUNED[launch.key].ways
+        jobs += [launch.job(config, "cuda:90") for config in own]
     shutil.rmtree(moved)
     found = aot.compiled(jobs, cache=cache)
     assert len(found) == len(jobs) and all(m.cached and m.status == "ok" for m in found)
@@ -158,6 +186,30 @@ def test_attention_takes_its_configs(
     attention.source_of.cache_clear()
 
 
+def test_methods_take_their_configs(
+    built: tuple[Path, list[Any]], cache: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def ordered(ways: list[Any], call: Any) -> list[Any]:
+        seen.append(len(ways))
+        call(ways[0])
+        return ways[::-1]
+
+    monkeypatch.setattr(timing, "ordered", ordered)
+    structc.use_bundle(built[0], rerank=True)
+    given, method = Q.bfloat16(), Polynomial(2, is_causal=True)
+    for _ in range(2):
+        found = method(*given)
+    assert seen == [2, 2]
+    left = {key[1]: a.ways[:2] for key, a in method_kernel._tried.items()}
+    for launch in METHODS[:2]:
+        assert left[launch.kernel.name] == list(method_kernel.TUNED[launch.key].ways[::-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(kernels.BACKENDS, "cpu")
+        torch.testing.assert_close(found, method(*given), rtol=3e-2, atol=3e-2)
+
+
 def test_order_by_the_clock() -> None:
     times = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
     now: list[str] = []
@@ -188,6 +240,8 @@ def test_order_by_the_clock() -> None:
         ),
         ({"programs": 3}, "damaged"),
         ({"attention": [{"shape": 5}]}, "damaged: TypeError"),
+        ({"methods": [{"kernel": 5}]}, "damaged: KeyError"),
+        ({"methods": None}, "damaged"),
     ],
 )
 def test_damaged_bundles(
@@ -238,6 +292,19 @@ def test_what_a_model_calls() -> None:
         TileCall("block(1,5,8,1) bias(5) act(relu,5)", torch.float32, 6),
     )
     assert bucket_of(6) == 8
+
+
+def test_which_launches_of_methods_a_model_makes() -> None:
+    """Those of an attention by heads too, whatever its plain form does."""
+    own = HeadGroup(Polynomial(2, is_causal=True), (0,), 16, 4096)
+    form = str(Softmax(0.3, causal=True))
+
+    def call() -> None:
+        torch.ops.structc.attention_by_head(*Q, None, form, text_of([own]))
+
+    found = [c for c in recorded(call) if isinstance(c, MethodCall)]
+    assert [c.kernel.name for c in found] == ["polynomial_states", "polynomial_outputs"]
+    assert kernels.kernel_for("polynomial", *Q) is None  # as before
 
 
 def test_which_attention_a_model_calls() -> None:

@@ -161,6 +161,22 @@ def test_what_is_not_served_is_as_exact_as_without_kernels(
     assert not ran("")
 
 
+def test_no_room_for_states(backend: Any, ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scan holds one state, the kernel one a chunk."""
+    make = torch.empty
+
+    def full(*sizes: Any, **more: Any) -> Tensor:
+        if len(sizes) == 5:
+            raise torch.OutOfMemoryError("full")
+        return make(*sizes, **more)
+
+    given = inputs((300, 300, 3, 5), torch.float32)
+    monkeypatch.setattr(torch, "empty", full)
+    found = Polynomial(2, is_causal=True)(*given)
+    assert not ran("polynomial")
+    torch.testing.assert_close(found, plainly(Polynomial(2, is_causal=True), *given))
+
+
 def test_dropout_is_for_the_scan(backend: Any, ran: Any) -> None:
     given = [t.requires_grad_() for t in inputs((20, 20, 4, 4), torch.float32)]
     Polynomial(2, dropout=0.5)(*given).sum().backward()
