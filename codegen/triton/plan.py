@@ -11,8 +11,7 @@ from structc.codegen.triton.config import Config, configs
 from structc.codegen.triton.emit import widths
 from structc.codegen.triton.pair import fused
 from structc.codegen.triton.panel import turned
-from structc.codegen.triton.predict import key_of, ranked
-from structc.codegen.triton.spilled import spilled
+from structc.codegen.triton.predict import ranked
 from structc.codegen.triton.targets import GpuTarget
 from structc.records import Refusal
 
@@ -84,12 +83,8 @@ def plans(
         for at in range(many):
             plan = _plan(name, made, rows, dtype, target, at)
             found.setdefault((made, plan.configs), plan)
-    return sorted(found.values(), key=lambda plan: (_spilled(plan, dtype, target), plan.seconds))
-
-
-def _spilled(plan: Plan, dtype: str, target: GpuTarget) -> float:
-    stages = zip(plan.program.stages, plan.configs, strict=True)
-    return sum(spilled(key_of(stage), config, dtype, target.name) for stage, config in stages)
+    able = [plan for plan in found.values() if plan.seconds < float("inf")]
+    return sorted(able or found.values(), key=lambda plan: plan.seconds)
 
 
 def _plan(name: str, program: Program, rows: int, dtype: str, target: GpuTarget, at: int) -> Plan:

@@ -343,10 +343,6 @@ def _room(
     return max(buffers * blocks * (config.bm + rank) * config.bk * size, second), sums
 
 
-FEW = 300
-"""Bytes of a thread that may spill where no config spills none."""
-
-
 def key_of(stage: Stage) -> str:
     """What :mod:`structc.codegen.triton.spilled` knows a stage by."""
     found = factors_of(step_of(stage)) if stage.kind == "convolve" else None
@@ -358,13 +354,10 @@ def ranked(
 ) -> list[tuple[Config, Prediction]]:
     """Configs that the target has room for, the one that is predicted fastest first.
 
-    Those that are known to spill stand last, the least first; above ``FEW`` bytes they are left
-    out: memory in place of registers is slower than another kernel.
+    Those that are known to spill are left out: another plan, or a library, does without.
     """
-    found = [
-        (spilled(key_of(stage), c, dtype, target.name), c, p)
-        for c in configs(stage, rows)
-        if (p := predict(stage, width, rows, c, dtype, target)) is not None
-    ]
-    able = sorted(found, key=lambda one: (one[0], one[2].seconds))
-    return [(c, p) for some, c, p in able if some <= FEW]
+    key = key_of(stage)
+    some = [c for c in configs(stage, rows) if not spilled(key, c, dtype, target.name)]
+    found = [(c, predict(stage, width, rows, c, dtype, target)) for c in some]
+    able = [(c, p) for c, p in found if p is not None]
+    return sorted(able, key=lambda pair: pair[1].seconds)

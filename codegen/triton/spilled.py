@@ -12,6 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def learn() -> None:
     seen: set[Any] = set()
     while True:
         every = {
-            (e.key, e.config, e.job.dtype, e.job.target, e.job.function, e.case): e
+            (e.key, e.config, e.case, json.dumps(asdict(e.job))): e
             for e in wanted(list(DTYPES), list(TARGETS), every=False)
         }
         left = [e for key, e in every.items() if key not in seen]

@@ -17,7 +17,7 @@ from structc.codegen.triton import tile
 from structc.codegen.triton.config import Config, configs
 from structc.codegen.triton.emit import kernels, widths
 from structc.codegen.triton.plan import VARIANTS, Plan, plans
-from structc.codegen.triton.predict import BYTES, FEW, Work, key_of, predict, ranked, roofline, work
+from structc.codegen.triton.predict import BYTES, Work, key_of, predict, ranked, roofline, work
 from structc.codegen.triton.spilled import spilled
 from structc.codegen.triton.targets import TARGETS, target_of
 from structc.forms import Convolve, Tile
@@ -208,14 +208,14 @@ def test_ranking(name: str, dtype: str) -> None:
     stage, width = program.stages[0], widths(program)[0]
     for rows in (1, 64, 4096):
         found = ranked(stage, width, rows, dtype, target)
-        order = [(spilled(key_of(stage), c, dtype, name), p.seconds) for c, p in found]
         seconds = [p.seconds for _, p in found]
-        assert order == sorted(order) and found and order[-1][0] <= FEW
+        assert seconds == sorted(seconds) and found
+        assert not any(spilled(key_of(stage), c, dtype, name) for c, _ in found)
         assert all(p.shared <= target.shared and p.occupancy >= 1 for _, p in found)
         assert {c for c, _ in found} <= set(configs(stage, rows))
         size = BYTES[dtype]
         least = roofline(2 * rows * 4096**2, size * 4096**2, target, dtype)
-        assert min(seconds) > least  # nothing is faster than the published peaks
+        assert seconds[0] > least  # nothing is faster than the published peaks
     best = ranked(stage, width, 4096, dtype, target)[0][0]
     if dtype != "fp32":  # whose products take longer than loads of any tile
         assert best.bm * best.bn > 32 * 32
