@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 
 import torch
 from torch import nn
@@ -89,7 +91,8 @@ def _agrees(module: nn.Module, region: Region, call: Call) -> bool | None:
             return None
         try:
             leaves = pytree.tree_leaves((own.args, own.kwargs))
-            got = call_graph(region.graph, module, leaves)
+            with redirect_stderr(StringIO()):  # FX prints what it raises, which is told here
+                got = call_graph(region.graph, module, leaves)
         except Exception as e:
             log.info("region %r fails at %s: %s", region.path, describe(call), e)
             return False

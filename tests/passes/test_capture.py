@@ -294,6 +294,22 @@ def test_guards_about_memory_formats_fix_nothing() -> None:
     assert all(high > 1000 for _, high in region.guards.ranges.values())
 
 
+def test_graphs_that_fail_at_other_sizes_fail_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FX prints what a graph raises: people would take it for a failure."""
+
+    class Third(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.split(4, 1)[2]
+
+    graph = torch.fx.symbolic_trace(Third())
+    monkeypatch.setattr("structc.passes.agreement.call_graph", lambda *_: graph(torch.ones(1, 4)))
+    region, _ = export_region(nn.Linear(4, 4), "", to_call(torch.ones(2, 4)))
+    assert region is None or not region.guards.ranges
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_each_size_is_varied_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where a guard escapes, one item more shows that a graph is another way's."""
     monkeypatch.setattr("structc.passes.guards.facts_of", lambda sizes: [])
