@@ -31,6 +31,7 @@ from structc.softmax import (
     softmax_backward,
     softmax_reference,
 )
+from structc.watch import watched
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Softmax, Extras], tuple[Tensor, Tensor] | None]
 """Output and row sums, or None for inputs that it does not serve."""
@@ -53,7 +54,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """``structc::attention``; past the dispatcher where nothing watches it."""
     given = (q, k, v) if extras is NOTHING else [t for t in (q, k, v, *extras) if t is not None]
-    if ops.watched(given):
+    if watched(given):
         o, lse = torch.ops.structc.attention(q, k, v, *extras, str(form))
         return o, lse
     return _run(q, k, v, form, extras)
@@ -159,7 +160,7 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled() or any(ctx.needs_input_grad[3:8]):
         return (*_through(tensors, Softmax.parse(ctx.form), grad_o, grad_lse), None)
     given = (*tensors, o, lse, grad_o, grad_lse, ctx.form)
-    if ops.watched([t for t in (*tensors, grad_o) if t is not None]):
+    if watched([t for t in (*tensors, grad_o) if t is not None]):
         found = torch.ops.structc.attention_backward(*given)
     else:
         found = _gradients(*given)

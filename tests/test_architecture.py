@@ -26,7 +26,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("spectral_steps", "attention_records"),
     ("steps", "spectral"),
     ("forms", "softmax"),
-    ("names", "progress", "reference", "timing", "trace"),
+    ("names", "progress", "reference", "timing", "trace", "watch"),
     ("inputs", "ops", "budget", "workdir"),
     ("filters", "attend"),
     ("families", "attention", "metrics", "transformers_attention"),

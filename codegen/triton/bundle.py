@@ -26,6 +26,7 @@ from structc.codegen.triton import (
     aot,
     attention,
     bundle_attention,
+    bundle_launch,
     bundle_methods,
     load,
     method_kernel,
@@ -33,10 +34,9 @@ from structc.codegen.triton import (
 )
 from structc.codegen.triton.aot import Compiled, Job
 from structc.codegen.triton.attempt import Tuned
-from structc.codegen.triton.bundle_attention import BuiltAttention
-from structc.codegen.triton.bundle_methods import BuiltMethod
+from structc.codegen.triton.bundle_launch import BuiltLaunch
 from structc.codegen.triton.calls import AttentionCall, Call, TileCall
-from structc.codegen.triton.config import Config, checked
+from structc.codegen.triton.config import checked
 from structc.codegen.triton.device import running
 from structc.codegen.triton.emit import emit
 from structc.codegen.triton.entry import stage_jobs
@@ -51,7 +51,12 @@ from structc.forms import Tile
 from structc.records import Refusal
 
 FORMAT = 3
-LISTS = ("programs", "attention", "methods")
+LAUNCHES: Mapping[str, tuple[type, Any]] = {
+    "attention": (AttentionCall, bundle_attention),
+    "methods": (MethodCall, bundle_methods),
+}
+"""What else than programs a bundle holds, by its name in the manifest: the calls, and the module
+that says what is compiled for one, how it is written down and read."""
 MANIFEST, FOLDER = "bundle.json", "kernels"
 MANY = 2
 """Plans of a program that are compiled: the first, and the one to hold it against."""
@@ -85,7 +90,7 @@ def build(
     folder: Path,
     *,
     progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> list[Built | BuiltAttention | BuiltMethod]:
+) -> list[Built | BuiltLaunch]:
     """Compile the kernels of calls for a GPU into a new folder.
 
     Args:
@@ -100,18 +105,21 @@ def build(
         raise ConfigError(f"{folder} exists already", hint="Name a new folder for the bundle.")
     tiles = [c for c in calls if isinstance(c, TileCall)]
     buckets = dict.fromkeys((c.program, c.dtype, bucket_of(c.rows)) for c in tiles)
-    seen = [c for c in calls if isinstance(c, AttentionCall)]
-    others = [c for c in calls if isinstance(c, MethodCall)]
     with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".bundle-") as text:
         work = Path(text)
         (work / "out").mkdir()
         some = [_Open.of(TileCall(*key), target) for key in buckets]
         _compile(some, target, work / "cache", progress)
         found = [one.built() for one in some]
-        attended = bundle_attention.build(seen, target, work / "cache", progress)
-        launched = bundle_methods.build(others, target, work / "cache", progress)
+        launched = {
+            name: bundle_launch.build(
+                name, (kind.launch(c, target) for c in calls if isinstance(c, call)), target,
+                work / "cache", progress,
+            )
+            for name, (call, kind) in LAUNCHES.items()
+        }  # fmt: skip
         _keep(work / "cache", work / "out" / FOLDER)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "structc": structc.__version__,
             "triton": list(load.version() or ()),
@@ -121,12 +129,12 @@ def build(
                  "plans": list(b.plans)}
                 for b in found if b.plans
             ],
-            "attention": [b.data() for b in attended if b.configs],
-            "methods": [b.data() for b in launched if b.configs],
         }  # fmt: skip
+        for name, (_, kind) in LAUNCHES.items():
+            manifest[name] = [kind.data(b) for b in launched[name] if b.configs]
         write_atomic(work / "out" / MANIFEST, json.dumps(manifest, indent=1).encode())
         (work / "out").rename(folder)
-    return [*found, *attended, *launched]
+    return [*found, *(b for some in launched.values() for b in some)]
 
 
 def use_bundle(path: str | Path, *, rerank: bool = False) -> int:
@@ -151,19 +159,21 @@ def use_bundle(path: str | Path, *, rerank: bool = False) -> int:
             hint=f"structc tune MODEL --target {here.name} -o OUT",
         )
     tuned = dict(_programs(manifest, folder))
-    attended = [_read(folder, e, _attention, rerank) for e in manifest["attention"]]
-    launched = dict(_read(folder, e, _method, rerank) for e in manifest["methods"])
+    launched = {
+        name: dict(_read(folder, e, kind.parse, rerank) for e in manifest[name])
+        for name, (_, kind) in LAUNCHES.items()
+    }
     _install(folder / FOLDER)
-    attention.TUNED.update(attended)
+    attention.TUNED.update(launched["attention"])
     attention.source_of.cache_clear()
-    method_kernel.TUNED.update(launched)
+    method_kernel.TUNED.update(launched["methods"])
     method_kernel.forget()
     for (program, dtype), found in tuned.items():
         own = {rows: Tuned(some, rerank) for rows, some in found.items()}
         serve.TUNED.setdefault((program, dtype), {}).update(own)
     ops.search_again()
     attend.forget()
-    return len(tuned) + len(attended) + len(launched)
+    return len(tuned) + sum(map(len, launched.values()))
 
 
 # ---------------------------------------------------------------------------- building
@@ -278,7 +288,7 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
         raise ConfigError(f"{folder} has format {found}, this version reads {FORMAT}")
-    lists = all(isinstance(data.get(name), list) for name in LISTS)
+    lists = all(isinstance(data.get(name), list) for name in ("programs", *LAUNCHES))
     if data.get("target") not in TARGETS or not lists:
         raise ConfigError(f"{folder / MANIFEST} is damaged: no target or no programs")
     return data
@@ -313,14 +323,6 @@ def _tile(entry: Mapping[str, Any]) -> tuple[Tile, torch.dtype, int, tuple[Plan,
     form, dtype = Tile.parse(entry["program"]), _WORDS[entry["dtype"]]
     some = tuple(_plan(data, form, dtype) for data in entry["plans"])
     return form, dtype, int(entry["rows"]), some
-
-
-def _attention(entry: Mapping[str, Any], rerank: bool) -> tuple[AttentionCall, Tuned[Config]]:
-    return bundle_attention.parse(entry, rerank=rerank)
-
-
-def _method(entry: Mapping[str, Any], rerank: bool) -> tuple[method_kernel.Key, Tuned[Config]]:
-    return bundle_methods.parse(entry, rerank=rerank)
 
 
 def _plan(data: Mapping[str, Any], form: Tile, dtype: torch.dtype) -> Plan:

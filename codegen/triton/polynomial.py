@@ -191,9 +191,9 @@ def states(
     kept = torch.bfloat16 if half else torch.float32
     try:
         state = torch.empty(b, h, chunks + 1, count, e, dtype=kept, device=x.device)
+        mass = torch.empty(b, h, chunks + 1, count, dtype=torch.float32, device=x.device)
     except torch.OutOfMemoryError:  # the scan holds one state
         return None
-    mass = torch.empty(b, h, chunks + 1, count, dtype=torch.float32, device=x.device)
     done = kernel.run(
         [x, y, *(back or (mass, mass)), given.places, given.slopes, state, mass], [x, y],
         [h, n, skip, given.chunk, chunks, count, x.shape[3], e],

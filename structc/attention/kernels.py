@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structc import ops
+from structc.watch import traced
 
 BACKENDS = {"cuda": "structc.codegen.triton.methods"}
 """For each kind of device the module whose ``kernel_of(name)`` gives a method's kernel, or None."""
@@ -38,7 +38,7 @@ def kernel_for(name: str, *given: Tensor) -> Any:
     """
     look = _look.get()
     device = given[0].device.type
-    if look is None and (device not in BACKENDS or ops.traced(given)):
+    if look is None and (device not in BACKENDS or traced(given)):
         return None
     kernel = _found(BACKENDS[device], name) if look is None else look(name)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)

@@ -70,17 +70,17 @@ def _compiled(model: str, artifact: Path | None, text: TextOptions, *, trust: bo
 
 
 def _rows(found: Any) -> dict[str, list[dict[str, Any]]]:
-    from structc.codegen.triton.bundle_attention import BuiltAttention
-    from structc.codegen.triton.bundle_methods import BuiltMethod
+    from structc.codegen.triton.calls import AttentionCall
+    from structc.codegen.triton.method_kernel import MethodCall
 
     rows: dict[str, list[dict[str, Any]]] = {"programs": [], "attention": [], "methods": []}
     for one in found:
         told = {"dtype": str(one.call.dtype).removeprefix("torch."), "refusal": one.refusal}
-        if isinstance(one, BuiltAttention):
+        if isinstance(one.call, AttentionCall):
             configs = [str(c) for c in one.configs]
             told |= {"queries": one.call.queries, "keys": one.call.keys, "configs": configs}
             rows["attention"].append({"form": str(one.call.shape.form), **told})
-        elif isinstance(one, BuiltMethod):
+        elif isinstance(one.call, MethodCall):
             sizes = ", ".join(f"{name} {int(size)}" for name, size in one.call.sizes)
             told |= {"sizes": sizes, "configs": [str(c) for c in one.configs]}
             rows["methods"].append({"kernel": one.call.kernel.name, **told})

@@ -25,8 +25,6 @@ from structc.codegen.triton import (
     serve,
     timing,
 )
-from structc.codegen.triton.bundle_attention import BuiltAttention
-from structc.codegen.triton.bundle_methods import BuiltMethod
 from structc.codegen.triton.calls import AttentionCall, TileCall, recorded
 from structc.codegen.triton.method_kernel import MethodCall
 from structc.codegen.triton.serve import TUNED, bucket_of
@@ -79,15 +77,31 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     TUNED.clear()
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many ways each re-ranking was given; it turns them round."""
+    found: list[int] = []
+
+    def ordered(ways: list[Any], call: Any) -> list[Any]:
+        found.append(len(ways))
+        call(ways[0])
+        return ways[::-1]
+
+    monkeypatch.setattr(timing, "ordered", ordered)
+    return found
+
+
 def test_what_a_bundle_holds(built: tuple[Path, list[Any]]) -> None:
     folder, found = built
     one, other, causal, wide, *methods = found
     assert isinstance(one, bundle.Built) and isinstance(other, bundle.Built)
     assert (len(one.plans), len(other.plans)) == (bundle.MANY, 0)
     assert "the FFT is a library's" in other.refusal and not one.refusal
-    assert isinstance(causal, BuiltAttention) and len(causal.configs) == 2 and not causal.refusal
-    assert isinstance(wide, BuiltAttention) and not wide.configs and "300" in wide.refusal
-    assert all(isinstance(m, BuiltMethod) and len(m.configs) == 2 for m in methods)
+    assert (
+        isinstance(causal.call, AttentionCall) and len(causal.configs) == 2 and not causal.refusal
+    )
+    assert isinstance(wide.call, AttentionCall) and not wide.configs and "300" in wide.refusal
+    assert all(isinstance(m.call, MethodCall) and len(m.configs) == 2 for m in methods)
     data = json.loads((folder / bundle.MANIFEST).read_text())
     assert [e["kernel"] for e in data["methods"]] == [
         "polynomial_states", "polynomial_outputs", "polynomial_states", "sparse_polynomial",
@@ -137,16 +151,8 @@ def test_its_plans_are_what_runs(built: tuple[Path, list[Any]], cache: Path) -> 
 
 
 def test_the_first_call_may_rank_them_anew(
-    built: tuple[Path, list[Any]], cache: Path, monkeypatch: pytest.MonkeyPatch
+    built: tuple[Path, list[Any]], cache: Path, seen: list[int]
 ) -> None:
-    seen: list[int] = []
-
-    def ordered(ways: list[Any], call: Any) -> list[Any]:
-        seen.append(len(ways))
-        call(ways[0])
-        return ways[::-1]
-
-    monkeypatch.setattr(timing, "ordered", ordered)
     structc.use_bundle(built[0], rerank=True)
     inputs, weights = sample(Tile.parse(MONARCH), rows=40, dtype=torch.bfloat16)
     for _ in range(2):
@@ -159,16 +165,8 @@ def test_the_first_call_may_rank_them_anew(
 
 
 def test_attention_takes_its_configs(
-    built: tuple[Path, list[Any]], cache: Path, monkeypatch: pytest.MonkeyPatch
+    built: tuple[Path, list[Any]], cache: Path, seen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
-
-    def ordered(ways: list[Any], call: Any) -> list[Any]:
-        seen.append(len(ways))
-        call(ways[0])
-        return ways[::-1]
-
-    monkeypatch.setattr(timing, "ordered", ordered)
     monkeypatch.setitem(attend.BACKENDS, "cpu", attention.__name__)
     attention.source_of.cache_clear()
     structc.use_bundle(built[0], rerank=True)
@@ -187,16 +185,8 @@ def test_attention_takes_its_configs(
 
 
 def test_methods_take_their_configs(
-    built: tuple[Path, list[Any]], cache: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+    built: tuple[Path, list[Any]], cache: Path, backend: Any, seen: list[int]
 ) -> None:
-    seen: list[Any] = []
-
-    def ordered(ways: list[Any], call: Any) -> list[Any]:
-        seen.append(len(ways))
-        call(ways[0])
-        return ways[::-1]
-
-    monkeypatch.setattr(timing, "ordered", ordered)
     structc.use_bundle(built[0], rerank=True)
     given, method = Q.bfloat16(), Polynomial(2, is_causal=True)
     for _ in range(2):

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from structc.codegen.cpu.samples import sample
 from structc.codegen.program import Program
+from structc.codegen.triton import predict as predicting
 from structc.codegen.triton import tile
 from structc.codegen.triton.config import Config, configs
 from structc.codegen.triton.emit import kernels, widths
-from structc.codegen.triton.plan import VARIANTS, Plan, plans
+from structc.codegen.triton.plan import VARIANTS, Plan, plans, room
 from structc.codegen.triton.predict import BYTES, Work, key_of, predict, ranked, roofline, work
 from structc.codegen.triton.spilled import spilled
 from structc.codegen.triton.targets import TARGETS, target_of
@@ -219,6 +220,18 @@ def test_ranking(name: str, dtype: str) -> None:
     best = ranked(stage, width, 4096, dtype, target)[0][0]
     if dtype != "fp32":  # whose products take longer than loads of any tile
         assert best.bm * best.bn > 32 * 32
+
+
+def test_plans_do_without_what_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant with a stage all of whose configs spill is no plan while there is another."""
+    target = target_of("cuda:90")
+    program = program_of("block(32,32,128,1) permute(32,32) block(32,128,32,1)")
+    names = {plan.variant for plan in plans(program, 4096, "bf16", target)}
+    assert "fused" in names and len(names) > 1
+    monkeypatch.setattr(predicting, "spilled", lambda key, *_: float(key == "pair"))
+    assert {p.variant for p in plans(program, 4096, "bf16", target)} == names - {"fused"}
+    monkeypatch.setattr(predicting, "spilled", lambda *_: 4.0)
+    assert room(program, 4096, "bf16", target) is not None
 
 
 def test_no_room_is_no_prediction() -> None:
