@@ -92,6 +92,7 @@ def some_of(every: Sequence[Entry]) -> list[Entry]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_many_configs(dtype: torch.dtype) -> None:
     rows = table(some_of(wanted([dtype], list(TARGETS), every=True)))
