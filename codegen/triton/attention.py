@@ -20,7 +20,7 @@ from structc.codegen.triton.device import running
 from structc.codegen.triton.softmax import LENGTHS, Shape, emit
 from structc.codegen.triton.spilled import usable
 from structc.codegen.triton.targets import TARGETS, GpuTarget
-from structc.codegen.triton.tile import DTYPES, dot_dtype, rounds
+from structc.codegen.triton.tile import DTYPES, dot_dtype
 from structc.records import Refusal
 from structc.softmax import Extras, Softmax
 
@@ -40,7 +40,8 @@ BACKWARD = (
     Config(64, 64, 1, 4, 2), Config(32, 64, 1, 4, 2), Config(64, 32, 1, 4, 2),
     Config(64, 32, 1, 8, 2), Config(32, 32, 1, 4, 2), Config(32, 32, 1, 8, 1),
     Config(32, 32, 1, 4, 1), Config(32, 16, 1, 4, 1), Config(16, 32, 1, 4, 1),
-    Config(16, 32, 1, 8, 1), Config(16, 16, 1, 4, 1), Config(16, 16, 1, 8, 1),
+    Config(16, 32, 1, 8, 1), Config(16, 16, 1, 4, 2), Config(16, 16, 1, 8, 2),
+    Config(16, 16, 1, 4, 1), Config(16, 16, 1, 8, 1),
 )  # fmt: skip
 KERNELS: Mapping[str, tuple[Config, ...]] = {
     "forward": FORWARD,
@@ -218,8 +219,7 @@ class AttentionKernel:
     def _source(self, q: Tensor, v: Tensor, form: Softmax, extras: Extras) -> Source | None:
         if max(q.shape[-1], v.shape[-1]) > WIDEST:
             return None
-        tf32 = rounds(self.dtype)
-        shape = Shape.of(form, q.shape[-1], v.shape[-1], extras, tf32=tf32)
+        shape = Shape.of(form, q.shape[-1], v.shape[-1], extras, self.dtype)
         return source_of(shape, self.dtype, self.target.name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from structc.codegen.triton.attention import KERNELS, configs, key_of
 from structc.codegen.triton.config import Config
 from structc.codegen.triton.entry import Entry
 from structc.codegen.triton.predict import CACHED, LAUNCH, SEEN
-from structc.codegen.triton.softmax import LENGTHS, Shape, emit
+from structc.codegen.triton.softmax import LENGTHS, Shape, emit, slab_of
 from structc.codegen.triton.targets import TARGETS, GpuTarget
 from structc.codegen.triton.tile import DTYPES
 from structc.softmax import Softmax
@@ -99,7 +99,8 @@ def arguments(kernel: str, shape: Shape, dtype: str) -> dict[str, str]:
 def entries(dtype: torch.dtype, targets: Sequence[str], every: bool) -> list[Entry]:
     """The kernels of all cases for each target; with all their configs, or the default."""
     word, size, found = DTYPES[dtype], dtype.itemsize, []
-    for name, shape in CASES.items():
+    for name, case in CASES.items():
+        shape = replace(case, slab=slab_of(dtype, max(case.wide)))
         path = str(load.write(emit(shape)))
         for target in (TARGETS[t] for t in targets):
             for kernel in KERNELS:

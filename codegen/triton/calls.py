@@ -100,7 +100,8 @@ class _Recorder(TorchDispatchMode):
 
     def _attention(self, q: Any, k: Any, v: Any, *rest: Any) -> None:
         *extras, form = rest
-        shape = Shape.of(Softmax.parse(form), q.shape[-1], v.shape[-1], Extras(*extras))
+        sizes = q.shape[-1], v.shape[-1]
+        shape = Shape.of(Softmax.parse(form), *sizes, Extras(*extras), q.dtype)
         if q.numel() and k.numel():
             sizes = power_above(q.shape[2]), power_above(k.shape[2])
             self.found.append(AttentionCall(shape, q.dtype, *sizes))

@@ -13,14 +13,22 @@ in the source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
 
 from structc.codegen.triton.config import DOT, power_above
-from structc.codegen.triton.pieces import HEAD
+from structc.codegen.triton.pieces import HEAD, product
+from structc.codegen.triton.tile import rounds
 from structc.softmax import Extras, Softmax
 
 GONE = 'float("-inf")'
+SLAB = 32
+"""Numbers of a head that a product takes at a time where float32 rows are longer than twice that: a
+factor is three bfloat16 ones in registers. What stays the same over a loop is read again in each
+turn then, or the compiler would keep it in three as well."""
 LENGTHS = ("heads", "share", "queries", "keys", "offset")
 _STRIDES = ("b", "h", "n")
 
@@ -35,6 +43,7 @@ class Shape:
         bias: ``"float"``, ``"bool"`` or ``""``.
         lags, shown, blocks, sink: which other extras there are.
         tf32: whether float32 products may round their factors to 10 bits.
+        slab: numbers of a head that a product of the gradient takes at a time; 0 for all.
     """
 
     form: Softmax
@@ -46,10 +55,11 @@ class Shape:
     blocks: bool = False
     sink: bool = False
     tf32: bool = False
+    slab: int = 0
 
     @staticmethod
-    def of(form: Softmax, d: int, dv: int, extras: Extras, *, tf32: bool = False) -> Shape:
-        """That of a call."""
+    def of(form: Softmax, d: int, dv: int, extras: Extras, dtype: torch.dtype) -> Shape:
+        """That of a call on q, k and v of a dtype."""
         bias = ""
         if extras.bias is not None:
             bias = "float" if extras.bias.is_floating_point() else "bool"
@@ -57,12 +67,19 @@ class Shape:
             t is not None for t in (extras.lags, extras.keys, extras.blocks, extras.sink)
         )
         same = replace(form, offset=0, fill=0.0)
-        return Shape(same, d, dv, bias, lags, shown, blocks, sink, tf32)
+        slab = slab_of(dtype, max(d, dv))
+        return Shape(same, d, dv, bias, lags, shown, blocks, sink, rounds(dtype), slab)
 
     @property
     def wide(self) -> tuple[int, int]:
         """The sizes of heads as powers of two, for products."""
         return max(DOT, power_above(self.d)), max(DOT, power_above(self.dv))
+
+    @property
+    def cuts(self) -> tuple[tuple[Cut, ...], tuple[Cut, ...]]:
+        """What products take of a head of keys and of one of values at a time."""
+        d, e = self.wide
+        return _cuts("c", d, self.slab or d), _cuts("e", e, self.slab or e)
 
     def tensors(self, kernel: str) -> tuple[str, ...]:
         """Pointers of a kernel, in order."""
@@ -88,13 +105,45 @@ class Shape:
         return tuple(found)
 
 
+class Cut(NamedTuple):
+    """Neighbouring numbers of a head.
+
+    Attributes:
+        end: what names of its tensors end in.
+        at: which numbers, in the source.
+        wide: how many.
+    """
+
+    end: str
+    at: str
+    wide: int
+
+
+def _cuts(name: str, wide: int, slab: int) -> tuple[Cut, ...]:
+    """A head of ``wide`` numbers in slabs, the first of which is ``name``."""
+    if wide <= slab:
+        return (Cut("", name, wide),)
+    return tuple(
+        Cut(str(at), f"({name} + {at * slab})" if at else name, slab) for at in range(wide // slab)
+    )
+
+
+def slab_of(dtype: torch.dtype, wide: int) -> int:
+    """How many numbers of a head products of the gradient take at a time; 0 for all.
+
+    >>> slab_of(torch.float32, 128), slab_of(torch.float32, 64), slab_of(torch.bfloat16, 128)
+    (32, 0, 0)
+    """
+    return SLAB if dtype == torch.float32 and wide > 2 * SLAB else 0
+
+
 def emit(shape: Shape) -> str:
     """The source of forward and backward.
 
     >>> print(emit(Shape(Softmax(0.5), 16, 16)).splitlines()[6])
     @triton.jit(do_not_specialize=["heads", "share", "queries", "keys", "offset"])
     """
-    parts = [_forward(shape), _for_queries(shape), _for_keys(shape)]
+    parts = [_forward(replace(shape, slab=0)), _for_queries(shape), _for_keys(shape)]
     return "\n\n".join([HEAD, *("\n".join(lines) + "\n" for lines in parts)])
 
 
@@ -112,8 +161,15 @@ def _head(shape: Shape, kernel: str, text: str) -> Iterator[str]:
 
 
 def _product(shape: Shape, left: str, right: str) -> str:
-    precision = '"tf32"' if shape.tf32 else "SINGLE"
-    return f"tl.dot({left}.to(DOT), {right}.to(DOT), input_precision={precision})"
+    return product(left, right, "", shape.tf32)
+
+
+def _inner(shape: Shape, cuts: Sequence[Cut], left: str, right: str) -> Iterator[str]:
+    """``s`` or ``dp``: the product over all numbers of a head, slab after slab."""
+    name = {"left": "s", "slope": "dp"}[left]
+    for cut in cuts:
+        found = _product(shape, left + cut.end, right + cut.end)
+        yield f"{name} {'=' if cut is cuts[0] else '+='} {found}"
 
 
 # ---------------------------------------------------------------------------- what all share
@@ -121,14 +177,17 @@ def _product(shape: Shape, left: str, right: str) -> str:
 
 def _places(shape: Shape) -> Iterator[str]:
     """Where this program's head lies."""
-    wide, wide_v = shape.wide
     yield "    other = head // share"
     yield "    q += batch.to(tl.int64) * qb + head.to(tl.int64) * qh"
     yield "    k += batch.to(tl.int64) * kb + other.to(tl.int64) * kh"
     yield "    v += batch.to(tl.int64) * vb + other.to(tl.int64) * vh"
-    yield f"    c = tl.arange(0, {wide})"
-    yield f"    e = tl.arange(0, {wide_v})"
+    yield from _numbers(shape)
     yield from _extra_places(shape, "    ")
+
+
+def _numbers(shape: Shape) -> Iterator[str]:
+    for cut, *_ in shape.cuts:
+        yield f"    {cut.at} = tl.arange(0, {cut.wide})"
 
 
 def _extra_places(shape: Shape, indent: str, head: str = "head") -> Iterator[str]:
@@ -187,7 +246,8 @@ def _query_span(shape: Shape) -> Iterator[str]:
 def _scores(shape: Shape, until: str = "keys") -> Iterator[str]:
     """Scores of queries ``m`` and keys ``j`` from ``left`` and ``right``; hidden ones are -inf."""
     form = shape.form
-    yield f"s = {_product(shape, 'left', 'right')} * {form.scale!r}"
+    yield from _inner(shape, shape.cuts[0], "left", "right")
+    yield f"s *= {form.scale!r}"
     if form.softcap:
         yield f"bent = 2.0 * tl.sigmoid(s * {2.0 / form.softcap!r}) - 1.0"
         yield f"s = bent * {form.softcap!r}"
@@ -241,14 +301,32 @@ def _load(name: str, rows: str, columns: str, size: int, length: str, step: str)
     return f"tl.load({name} + {at}, mask=({rows} < {length}) & ({columns} < {size}), other=0.0)"
 
 
-def _values(shape: Shape, down: bool) -> str:
-    """A tile of values, (keys, dv) or across; those of hidden keys are 0: they may be NaN."""
-    j, e = ("j[:, None]", "e[None, :]") if down else ("j[None, :]", "e[:, None]")
-    if not shape.shown:
-        return _load("v", j, e, shape.dv, "keys", "vn")
-    there = "(there != 0)[:, None]" if down else "(there != 0)[None, :]"
-    at = f"{j}.to(tl.int64) * vn + {e}"
-    return f"tl.load(v + {at}, mask={there} & ({j} < keys) & ({e} < {shape.dv}), other=0.0)"
+def _rows(shape: Shape, name: str, of: str, m: str = "m") -> Iterator[str]:
+    """Tiles of a tensor of queries, slab after slab."""
+    cuts, size = (shape.cuts[0], shape.d) if name == "left" else (shape.cuts[1], shape.dv)
+    step = {"left": "qn", "slope": "gn"}[name]
+    for cut in cuts:
+        tile = _load(of, f"{m}[:, None]", f"{cut.at}[None, :]", size, "queries", step)
+        yield f"{name}{cut.end} = {tile}"
+
+
+def _keys(shape: Shape, j: str = "j") -> Iterator[str]:
+    """Tiles of keys across."""
+    for cut in shape.cuts[0]:
+        tile = _load("k", f"{j}[None, :]", f"{cut.at}[:, None]", shape.d, "keys", "kn")
+        yield f"right{cut.end} = {tile}"
+
+
+def _values(shape: Shape, down: bool, j: str = "j") -> Iterator[str]:
+    """Tiles of values, (keys, dv) or across; those of hidden keys are 0: they may be NaN."""
+    name, row, column = (
+        ("value", ":, None", "None, :") if down else ("across", "None, :", ":, None")
+    )
+    for cut in shape.cuts[1]:
+        tile = _load("v", f"{j}[{row}]", f"{cut.at}[{column}]", shape.dv, "keys", "vn")
+        if shape.shown:
+            tile = tile.replace("mask=", f"mask=(there != 0)[{row}] & ")
+        yield f"{name}{cut.end} = {tile}"
 
 
 def _loop(shape: Shape, body: list[str], spans: list[tuple[str, str, str]]) -> Iterator[str]:
@@ -260,8 +338,9 @@ def _loop(shape: Shape, body: list[str], spans: list[tuple[str, str, str]]) -> I
         if shape.blocks:
             yield from (indent + line for line in _allowed(shape))
             indent += "    "
-        yield f"{indent}right = {_load('k', 'j[None, :]', 'c[:, None]', shape.d, 'keys', 'kn')}"
-        yield from (indent + line for line in (*_scores(shape, until), *body))
+        again = [_again("m"), *_rows(shape, "left", "q", "again")] if shape.slab else []
+        lines = [*_keys(shape), *again, *_scores(shape, until), *body]
+        yield from (indent + line for line in lines)
 
 
 def _spans(shape: Shape) -> list[tuple[str, str, str]]:
@@ -273,20 +352,23 @@ def _spans(shape: Shape) -> list[tuple[str, str, str]]:
 
 
 def _forward(shape: Shape) -> Iterator[str]:
-    wide_v = shape.wide[1]
+    cuts = shape.cuts[1]
     yield from _head(shape, "forward", "softmax attention and its row sums")
     yield from _query_program(shape)
     yield f"    top = tl.full((BM,), {GONE}, tl.float32)"
     yield "    total = tl.zeros((BM,), tl.float32)"
-    yield f"    sums = tl.zeros((BM, {wide_v}), tl.float32)"
+    yield from _zeros("sums", "BM", cuts)
     body = [
         "above = tl.maximum(top, tl.max(s, 1))",
         f"safe = tl.where(above == {GONE}, 0.0, above)",
         "p = tl.exp(s - safe[:, None])",
         "less = tl.exp(top - safe)",
         "total = total * less + tl.sum(p, 1)",
-        f"value = {_values(shape, down=True)}",
-        f"sums = sums * less[:, None] + {_product(shape, 'p', 'value')}",
+        *_values(shape, down=True),
+        *(
+            f"sums{c.end} = sums{c.end} * less[:, None] + {_product(shape, 'p', f'value{c.end}')}"
+            for c in cuts
+        ),
         "top = above",
     ]
     yield from _loop(shape, body, _spans(shape))
@@ -296,17 +378,32 @@ def _forward(shape: Shape) -> Iterator[str]:
         yield f"    safe = tl.where(above == {GONE}, 0.0, above)"
         yield "    less = tl.exp(top - safe)"
         yield "    total = total * less + tl.exp(one - safe)"
-        yield "    sums = sums * less[:, None]"
+        yield from (f"    sums{c.end} = sums{c.end} * less[:, None]" for c in cuts)
         yield "    top = above"
     yield "    none = total == 0.0"
-    yield "    sums = sums / tl.where(none, 1.0, total)[:, None]"
     yield f"    found = tl.where(none, {GONE}, top + tl.log(tl.where(none, 1.0, total)))"
     yield "    row = (batch * heads + head).to(tl.int64) * queries + m"
     yield "    tl.store(lse + row, found, mask=m < queries)"
     yield "    o += batch.to(tl.int64) * ob + head.to(tl.int64) * oh"
-    yield "    spot = m.to(tl.int64)[:, None] * on + e[None, :]"
-    yield f"    inside = (m < queries)[:, None] & (e < {shape.dv})[None, :]"
-    yield "    tl.store(o + spot, sums.to(o.dtype.element_ty), mask=inside)"
+    found = "({} / tl.where(none, 1.0, total)[:, None])"
+    row = "m.to(tl.int64)[:, None] * on"
+    yield from _stored("o", found, "sums", cuts, row, "m < queries", shape.dv)
+
+
+def _zeros(name: str, rows: str, cuts: Sequence[Cut]) -> Iterator[str]:
+    for cut in cuts:
+        yield f"    {name}{cut.end} = tl.zeros(({rows}, {cut.wide}), tl.float32)"
+
+
+def _stored(
+    out: str, found: str, name: str, cuts: Sequence[Cut], row: str, inside: str, size: int
+) -> Iterator[str]:
+    """Sums go where they belong; ``found`` says what of them."""
+    for cut in cuts:
+        place = f"{cut.at}[None, :]"
+        yield f"    inside = ({inside})[:, None] & ({place} < {size})"
+        made = f"{found.format(name + cut.end)}.to({out}.dtype.element_ty)"
+        yield f"    tl.store({out} + {row} + {place}, {made}, mask=inside)"
 
 
 def _query_program(shape: Shape) -> Iterator[str]:
@@ -318,7 +415,8 @@ def _query_program(shape: Shape) -> Iterator[str]:
     yield "    first = (tiles - 1 - pid % tiles) * BM"
     yield "    m = first + tl.arange(0, BM)"
     yield from _places(shape)
-    yield f"    left = {_load('q', 'm[:, None]', 'c[None, :]', shape.d, 'queries', 'qn')}"
+    if not shape.slab:
+        yield from ("    " + line for line in _rows(shape, "left", "q"))
     yield from _key_span(shape)
 
 
@@ -329,10 +427,15 @@ def _slopes(shape: Shape) -> list[str]:
     """From scores to weights ``p`` and the gradient of scores ``ds``, scale left out."""
     lines = [
         "p = tl.exp(s - sums[:, None])",
-        f"dp = {_product(shape, 'slope', 'across')}",
+        *_inner(shape, shape.cuts[1], "slope", "across"),
         "ds = p * (dp - dot[:, None])",
     ]
     return lines + (["ds = ds * (1.0 - bent * bent)"] if shape.form.softcap else [])
+
+
+def _again(rows: str) -> str:
+    """The same places, which a compiler takes for others in each turn: no start is below 0."""
+    return f"again = {rows} + tl.minimum(start, 0)"
 
 
 def _row_facts(indent: str) -> Iterator[str]:
@@ -343,24 +446,25 @@ def _row_facts(indent: str) -> Iterator[str]:
 
 
 def _for_queries(shape: Shape) -> Iterator[str]:
-    wide = shape.wide[0]
+    cuts = shape.cuts[0]
     yield from _head(shape, "queries", "the gradient of q")
     yield from _query_program(shape)
     yield "    grad += batch.to(tl.int64) * gb + head.to(tl.int64) * gh"
-    yield f"    slope = {_load('grad', 'm[:, None]', 'e[None, :]', shape.dv, 'queries', 'gn')}"
+    if not shape.slab:
+        yield from ("    " + line for line in _rows(shape, "slope", "grad"))
     yield from _row_facts("    ")
-    yield f"    made = tl.zeros((BM, {wide}), tl.float32)"
-    body = [f"across = {_values(shape, down=False)}", *_slopes(shape)]
-    body.append(f"made += {_product(shape, 'ds', 'tl.trans(right)')}")
+    yield from _zeros("made", "BM", cuts)
+    body = [*_values(shape, down=False), *_slopes(shape)]
+    if shape.slab:
+        body = [*_rows(shape, "slope", "grad", "again"), *body]
+    body += [f"made{c.end} += {_product(shape, 'ds', f'tl.trans(right{c.end})')}" for c in cuts]
     yield from _loop(shape, body, _spans(shape))
-    yield "    spot = row[:, None] * " + f"{shape.d} + c[None, :]"
-    yield f"    inside = (m < queries)[:, None] & (c < {shape.d})[None, :]"
-    yield f"    made = made * {shape.form.scale!r}"
-    yield "    tl.store(dq + spot, made.to(dq.dtype.element_ty), mask=inside)"
+    found, row = f"({{}} * {shape.form.scale!r})", f"row[:, None] * {shape.d}"
+    yield from _stored("dq", found, "made", cuts, row, "m < queries", shape.d)
 
 
 def _for_keys(shape: Shape) -> Iterator[str]:
-    wide, wide_v = shape.wide
+    cuts, cuts_v = shape.cuts
     yield from _head(shape, "keys", "the gradients of k and v, of a group of heads")
     yield "    tiles = tl.cdiv(keys, BN)"
     yield "    pid = tl.program_id(0)"
@@ -370,15 +474,15 @@ def _for_keys(shape: Shape) -> Iterator[str]:
     yield "    j = first + tl.arange(0, BN)"
     yield "    k += batch.to(tl.int64) * kb + other.to(tl.int64) * kh"
     yield "    v += batch.to(tl.int64) * vb + other.to(tl.int64) * vh"
-    yield f"    c = tl.arange(0, {wide})"
-    yield f"    e = tl.arange(0, {wide_v})"
-    yield f"    right = {_load('k', 'j[None, :]', 'c[:, None]', shape.d, 'keys', 'kn')}"
+    yield from _numbers(shape)
+    j = "again" if shape.slab else "j"
+    kept = [*_keys(shape, j), *_values(shape, False, j)]
     if shape.shown:
         yield f"    {_shown()}"
-    yield f"    across = {_values(shape, down=False)}"
+    if not shape.slab:
+        yield from ("    " + line for line in kept)
     yield from _query_span(shape)
-    yield f"    made = tl.zeros((BN, {wide}), tl.float32)"
-    yield f"    value = tl.zeros((BN, {wide_v}), tl.float32)"
+    yield from (*_zeros("made", "BN", cuts), *_zeros("value", "BN", cuts_v))
     yield "    for one in range(share):"
     yield "        head = other * share + one"
     yield from _extra_places(shape, "        ")
@@ -390,16 +494,19 @@ def _for_keys(shape: Shape) -> Iterator[str]:
     if shape.blocks:
         yield from (indent + line for line in _allowed(shape))
         indent += "    "
-    yield f"{indent}left = {_load('ask', 'm[:, None]', 'c[None, :]', shape.d, 'queries', 'qn')}"
-    yield f"{indent}slope = {_load('want', 'm[:, None]', 'e[None, :]', shape.dv, 'queries', 'gn')}"
-    yield from _row_facts(indent)
-    body = [*_scores(shape), *_slopes(shape)]
-    body.append(f"value += {_product(shape, 'tl.trans(p)', 'slope')}")
-    body.append(f"made += {_product(shape, 'tl.trans(ds)', 'left')}")
+    body = [_again("j"), *kept] if shape.slab else []
+    body += [*_rows(shape, "left", "ask"), *_rows(shape, "slope", "want"), *_row_facts("")]
+    body += [*_scores(shape), *_slopes(shape)]
+    for name, weight, rows, some in (
+        ("value", "p", "slope", cuts_v), ("made", "ds", "left", cuts)
+    ):  # fmt: skip
+        body += [
+            f"{name}{c.end} += {_product(shape, f'tl.trans({weight})', rows + c.end)}" for c in some
+        ]
     yield from (indent + line for line in body)
     yield "    row = (batch * (heads // share) + other).to(tl.int64) * keys + j"
-    yield f"    made = made * {shape.form.scale!r}"
-    for name, sums, size, place in (("dk", "made", shape.d, "c"), ("dv", "value", shape.dv, "e")):
-        yield f"    spot = row[:, None] * {size} + {place}[None, :]"
-        yield f"    inside = (j < keys)[:, None] & ({place} < {size})[None, :]"
-        yield f"    tl.store({name} + spot, {sums}.to({name}.dtype.element_ty), mask=inside)"
+    scale = f"({{}} * {shape.form.scale!r})"
+    for name, found, sums, some, size in (
+        ("dk", scale, "made", cuts, shape.d), ("dv", "{}", "value", cuts_v, shape.dv)
+    ):  # fmt: skip
+        yield from _stored(name, found, sums, some, f"row[:, None] * {size}", "j < keys", size)

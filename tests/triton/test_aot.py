@@ -56,7 +56,6 @@ def test_defaults(target: str) -> None:
 ROOM = {
     ("fp32", kind, target)
     for kind, targets in {
-        "keys": ["cuda:80", "cuda:90", "cuda:100"], "queries": ["cuda:100"],
         "polynomial_queries": ["hip:gfx942"], "polynomial_keys": ["cuda:100"],
     }.items()
     for target in targets
@@ -69,7 +68,7 @@ ROOM = {
 def test_no_default_spills(dtype: torch.dtype) -> None:
     for row in table(wanted([dtype], list(TARGETS), every=False)):
         assert row["status"] == "ok", row
-        few = 120 if (row["dtype"], row["kernel"], row["target"]) in ROOM else 0
+        few = 44 if (row["dtype"], row["kernel"], row["target"]) in ROOM else 0
         assert row["spilled_bytes"] <= few, row
         assert row["shared_bytes"] <= target_of(row["target"]).shared, row
 

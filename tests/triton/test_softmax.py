@@ -119,6 +119,17 @@ def test_extras(name: str, dtype: torch.dtype) -> None:
     agree(*sides(dtype), *extras_of(name))
 
 
+@pytest.mark.parametrize("name", ["causal", "window, sinks", "softcap", *EXTRAS])
+def test_slabs_of_long_heads(name: str) -> None:
+    """In float32 the gradient takes heads of more than 64 numbers in slabs."""
+    form, extras = extras_of(name) if name in EXTRAS else (FORMS[name], NOTHING)
+    d, e = 70, 129
+    q, k, v = torch.randn(2, H, N, d), torch.randn(2, G, M, d), torch.randn(2, G, M, e)
+    shape = Shape.of(form, d, e, extras, torch.float32)
+    assert [len(cuts) for cuts in shape.cuts] == [4, 8] and "again" in emit(shape)
+    agree(q / d**0.5, k, v, form, extras)
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     st.integers(1, 20), st.integers(1, 36), st.booleans(), st.integers(-20, 20),
