@@ -26,6 +26,7 @@ CONFIGS = (
     Config(32, 64, 32, 4, 2), Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 1),
     Config(32, 32, 16, 8, 1), Config(16, 32, 32, 4, 1), Config(16, 32, 16, 8, 1),
     Config(32, 16, 16, 8, 1), Config(16, 16, 16, 8, 1), Config(16, 16, 16, 4, 1),
+    Config(32, 32, 16, 8, 2), Config(32, 16, 16, 8, 2), Config(16, 16, 16, 4, 2),
 )  # fmt: skip
 """Queries, keys and monomials of a tile, warps, stages."""
 
